@@ -1,0 +1,156 @@
+"""What the gRPC room needs of the rooms behind it.
+
+The servicers know these protocols only, so they can be read, and tested, without a VMM. Every
+method raises `ForkpointError` for what a client is meant to see; anything else is a fault of the
+server. All arguments were checked at the edge already (ids, sizes, paths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from datetime import datetime
+from typing import Protocol
+
+from forkpointd.model import (
+    Branch,
+    BranchOrder,
+    BranchStage,
+    BranchView,
+    CreateOrder,
+    Fork,
+    ForkOrder,
+    Page,
+    Sandbox,
+    SandboxChange,
+    SandboxState,
+    ServerFacts,
+    Snapshot,
+)
+
+Position = tuple[datetime, str]
+"""Where a page starts: after this creation time and id."""
+
+
+class SandboxPort(Protocol):
+    """Sandboxes: made, looked at, changed, ended."""
+
+    async def create(self, order: CreateOrder) -> Sandbox:
+        """A sandbox whose guest runs. If this fails nothing of it is left."""
+        ...
+
+    async def get(self, sandbox_id: str) -> Sandbox: ...
+
+    async def list(
+        self,
+        *,
+        page_size: int,
+        after: Position | None,
+        labels: Mapping[str, str],
+        states: frozenset[SandboxState],
+    ) -> Page[Sandbox]: ...
+
+    async def update(self, sandbox_id: str, change: SandboxChange) -> Sandbox: ...
+
+    async def delete(self, sandbox_id: str) -> None: ...
+
+    async def pause(self, sandbox_id: str) -> Sandbox: ...
+
+    async def resume(self, sandbox_id: str) -> Sandbox: ...
+
+
+class BranchPort(Protocol):
+    """Branches: owned by the server, followed by whoever likes."""
+
+    async def start(self, order: BranchOrder) -> Branch:
+        """Admits a branch (or finds the one that this request_id made). Raises what is refused."""
+        ...
+
+    async def get(self, branch_id: str) -> BranchView: ...
+
+    async def list(
+        self,
+        *,
+        page_size: int,
+        after: Position | None,
+        sandbox_id: str | None,
+        stages: frozenset[BranchStage],
+    ) -> Page[BranchView]: ...
+
+    async def cancel(self, branch_id: str) -> BranchView: ...
+
+    def watch(self, branch_id: str, after_sequence: int) -> AsyncIterator[BranchView]:
+        """The branch as of now (unless its sequence is `after_sequence`), then after each change,
+        its end last. Stage changes are delivered; progress between them is coalesced for a slow
+        reader. Leaving the iterator ends nothing but the watching."""
+        ...
+
+
+class ForkPort(Protocol):
+    """Forks: owned by the server as well."""
+
+    async def start(self, order: ForkOrder) -> Fork: ...
+
+    async def get(self, fork_id: str) -> Fork: ...
+
+    def watch(self, fork_id: str, after_sequence: int) -> AsyncIterator[Fork]:
+        """As `BranchPort.watch`."""
+        ...
+
+
+class SnapshotPort(Protocol):
+    """Snapshots that are READY."""
+
+    async def get(self, snapshot_id: str) -> Snapshot: ...
+
+    async def list(
+        self,
+        *,
+        page_size: int,
+        after: Position | None,
+        labels: Mapping[str, str],
+        source_sandbox_id: str | None,
+    ) -> Page[Snapshot]: ...
+
+    async def set_labels(self, snapshot_id: str, labels: Mapping[str, str]) -> Snapshot: ...
+
+    async def delete(self, snapshot_id: str) -> None: ...
+
+
+class ConsoleWriter(Protocol):
+    """The one writer of a console."""
+
+    async def write(self, data: bytes) -> None:
+        """Hands all of `data` to the guest, waiting as long as it does not read."""
+        ...
+
+    async def try_write(self, data: bytes, wait_seconds: float) -> int:
+        """Hands over what the guest takes within `wait_seconds`; returns how many bytes."""
+        ...
+
+    def close(self) -> None:
+        """Gives the console free. Idempotent."""
+        ...
+
+
+class ConsolePort(Protocol):
+    """Serial consoles."""
+
+    async def bounds(self, sandbox_id: str) -> tuple[int, int]:
+        """First offset that is still there, and the offset after the last byte."""
+        ...
+
+    def read(
+        self, sandbox_id: str, from_offset: int, *, follow: bool
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """Chunks (offset, data) of at most 64 KiB; `follow` goes on until the sandbox is gone."""
+        ...
+
+    async def writer(self, sandbox_id: str) -> ConsoleWriter:
+        """Raises CONSOLE_BUSY while someone else is the writer."""
+        ...
+
+
+class ServerPort(Protocol):
+    """The server itself."""
+
+    async def facts(self) -> ServerFacts: ...

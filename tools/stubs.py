@@ -57,7 +57,12 @@ def generate(root: Path, target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise StubsError(f"protoc refused the contract:\n{done.stderr.strip()}")
-    (target / PACKAGE / "__init__.py").write_text(INIT, encoding="utf-8")
+    package = target / PACKAGE
+    for empty in [f for f in package.glob("*_pb2_grpc.py") if "\nclass " not in f.read_text()]:
+        # A file of messages alone has no service: protoc writes an empty module all the same.
+        empty.unlink()
+        empty.with_suffix(".pyi").unlink()
+    (package / "__init__.py").write_text(INIT, encoding="utf-8")
 
 
 def stale(root: Path) -> list[str]:

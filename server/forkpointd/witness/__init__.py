@@ -27,10 +27,17 @@ says: the page after the last one before the gap lies at 4 GiB. A memory file ha
 back to back, so in the *file* page `i` is always at 64 MiB + 4096 * i, wherever the gap was.
 
 **Clocks.** `f` looks at the TSC after every 16 pages, `w` in every turn of its loop, and both look
-for input every 2^22 cycles. Their gaps are therefore never shorter than the time of 16 stamps or of
-one look at the UART; what is longer is a pause, or the host's scheduler. The gap is in the guest's
-TSC cycles: calibrate with `c`. In a restored child the TSC goes on from the snapshot's value, so
-the time between the snapshot and the restore is not seen as a gap.
+for input every 2^22 cycles (1 to 4 ms). The first look is before `F` or `W` is said, the last one
+after the byte was seen: a pause that began after the one and ended before the other is always in
+the gap. So is whatever takes longer than it should, the writing of that answer and the host's
+scheduler included. Gaps are in cycles of the guest's TSC: calibrate with `c`. A child's TSC goes on
+from the snapshot's value, so the time between snapshot and restore is no gap there; but a KVM that
+can't offset the TSC (seen where it emulates guest code) shows the host's, and then that time is
+one. A TSC that went backward never counts.
+
+**Branches.** A child goes on where its source was: in `f` and `w` until a byte reaches the child
+itself, and with a half-read line or a half-written answer as well. A guest that idled between two
+snapshots has dirtied no page at all; one that answered a command, only its stack and variables.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def available_compilers() -> list[Compiler]:
 
 def compile_witness(compiler: Compiler, out: Path, extra: Sequence[str] = ()) -> None:
     """Compiles the guest to `out` by this compiler. Raises WitnessBuildError with its words."""
+    out.unlink(missing_ok=True)
     command = [*compiler.command, *compiler.flags, *FLAGS, *extra]
     command += [f"-Wl,-T,{LINKER_SCRIPT}", "-o", str(out), str(SOURCE)]
     # ziglang keeps its caches under the home folder, which a service may not have.
@@ -92,7 +93,10 @@ def compile_witness(compiler: Compiler, out: Path, extra: Sequence[str] = ()) ->
 
 def _check_elf(path: Path, made_by: str) -> None:
     """A linker that ignores the script makes a file that Firecracker would refuse much later."""
-    head = path.read_bytes()[:64]
+    try:
+        head = path.read_bytes()[:64]
+    except FileNotFoundError as error:
+        raise WitnessBuildError(f"{made_by}: it made no file, and said nothing") from error
     if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
         raise WitnessBuildError(f"{made_by}: what it made is no 64-bit ELF file")
     kind, machine, _, entry = struct.unpack_from("<HHIQ", head, 16)

@@ -164,7 +164,7 @@ static u8 numbers(int want, u64 *out) {
     u8 c = get();
     if (c >= '0' && c <= '9' && have < want) {
       if (!digits++) out[have] = 0;
-      if (out[have] < 1UL << 56) out[have] = out[have] * 10 + (c - '0');
+      if (out[have] < 1UL << 48) out[have] = out[have] * 10 + (c - '0');
     } else if (c == ',' && digits && have + 1 < want) {
       have++;
       digits = 0;
@@ -204,15 +204,26 @@ static u64 contiguous(u64 page, u64 count) {
   return page < low_pages && count > low_pages - page ? low_pages - page : count;
 }
 
-/* The clock as watched by `f` and `w`. */
+/* The clock as watched by `f` and `w`. It is read before their first answer and once more after the
+   byte that ends them was seen: a pause lies between these two, most often in an I/O instruction. */
 struct watch { u64 last, longest, polled; };
-static inline int interrupted_by_input(struct watch *w) {
+static inline struct watch start_watch(void) {
+  u64 now = rdtsc();
+  return (struct watch){now, 0, now};
+}
+static inline u64 tick(struct watch *w) {
   u64 now = rdtsc(), gap = now - w->last;
   w->last = now;
   if ((long)gap > (long)w->longest) w->longest = gap; /* a clock set back is no gap */
+  return now;
+}
+static inline int ended_by_input(struct watch *w) {
+  u64 now = tick(w);
   if (now - w->polled < POLL_CYCLES) return 0;
   w->polled = now;
-  return input_waiting();
+  if (!input_waiting()) return 0;
+  tick(w);
+  return 1;
 }
 
 static inline void stamp_group(u64 at, u64 index) {
@@ -232,7 +243,7 @@ static int stamp(u64 first, u64 count, struct watch *w) {
     count -= piece;
     for (; piece >= GROUP; piece -= GROUP, first += GROUP, at += GROUP * PAGE) {
       stamp_group(at, first);
-      if (w && interrupted_by_input(w)) return 1;
+      if (w && ended_by_input(w)) return 1;
     }
     for (; piece; piece--, first++, at += PAGE) {
       ((volatile u64 *)at)[0] = generation;
@@ -298,19 +309,17 @@ static void verify(u64 mib) {
 
 /* --- commands ---------------------------------------------------------------------------------- */
 static void free_run(u64 mib) {
+  struct watch w = start_watch();
   answer('F', 1, mib, 0, 0, 0, 0);
-  u64 now = rdtsc();
-  struct watch w = {now, 0, now};
   do generation++;
   while (!stamp(0, mib * PAGES_PER_MIB, &w));
   get();
   answer('S', 2, generation, w.longest, 0, 0, 0);
 }
 static void watch_clock(void) {
+  struct watch w = start_watch();
   puts("W\n");
-  u64 now = rdtsc();
-  struct watch w = {now, 0, now};
-  while (!interrupted_by_input(&w))
+  while (!ended_by_input(&w))
     ;
   get();
   answer('G', 2, w.longest, rdtsc(), 0, 0, 0);

@@ -1,0 +1,177 @@
+"""The server of the edge: its socket, its services, its end.
+
+Beside ours it serves grpc.health.v1, reflection under its two names (clients ask for v1 first, the
+library knows v1alpha; their messages are the same), and channelz.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_channelz.v1 import _async as channelz
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_reflection.v1alpha import _async as reflection
+from grpc_reflection.v1alpha import reflection_pb2
+
+from forkpoint.v1 import sandbox_service_pb2, server_service_pb2, snapshot_service_pb2
+from forkpointd.rpc import health_service
+from forkpointd.rpc.drain import Gate
+from forkpointd.rpc.handlers import service_handler
+from forkpointd.rpc.health_service import HealthService
+from forkpointd.rpc.ports import (
+    BranchPort,
+    ConsolePort,
+    ForkPort,
+    SandboxPort,
+    ServerPort,
+    SnapshotPort,
+)
+from forkpointd.rpc.rules import Limits
+from forkpointd.rpc.sandbox_service import SandboxService
+from forkpointd.rpc.server_service import ServerService
+from forkpointd.rpc.snapshot_service import SnapshotService
+from forkpointd.rpc.unix_socket import UnixSocket
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 1024 * 1024
+"""The largest request we know of is 64 labels: less than 90 KiB."""
+MAX_RESPONSE_BYTES = 4 * 1024 * 1024
+"""What clients take by default. Pages end at half of it."""
+
+OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    # A client that is gone without a word (a stopped machine behind a tunnel) is noticed.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients that watch for hours may ask whether we are there.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.enable_channelz", 1),
+)
+
+SANDBOX_SERVICE = sandbox_service_pb2.DESCRIPTOR.services_by_name["SandboxService"]
+SNAPSHOT_SERVICE = snapshot_service_pb2.DESCRIPTOR.services_by_name["SnapshotService"]
+SERVER_SERVICE = server_service_pb2.DESCRIPTOR.services_by_name["ServerService"]
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+REFLECTION_V1ALPHA = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
+CHANNELZ = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The rooms behind the edge."""
+
+    sandboxes: SandboxPort
+    branches: BranchPort
+    forks: ForkPort
+    snapshots: SnapshotPort
+    consoles: ConsolePort
+    server: ServerPort
+
+
+class RpcServer:
+    """The gRPC server: `start`, `drain`, `stop`, in this order."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        *,
+        max_fork_count: int,
+        max_memory_mib: int,
+        image_roots: Sequence[Path],
+    ) -> None:
+        self._ports = ports
+        self._limits = Limits(max_fork_count=max_fork_count, max_memory_mib=max_memory_mib)
+        self._image_roots = tuple(image_roots)
+        self._gate: Gate | None = None
+        self._server: grpc.aio.Server | None = None
+        self._socket: UnixSocket | None = None
+
+    async def start(self, listen: str) -> None:
+        """Takes calls at `listen` (`unix:PATH`).
+
+        Raises `ListenError`, and leaves nothing behind, where the socket can't be had.
+        """
+        gate = Gate()
+        server = grpc.aio.server(options=OPTIONS)
+        self._add_services(server, gate)
+        socket = UnixSocket.parse(listen)
+        try:
+            await asyncio.to_thread(socket.prepare)
+            socket.bind(server.add_insecure_port)
+            await server.start()
+        except BaseException:
+            await server.stop(None)
+            await asyncio.to_thread(socket.release)
+            raise
+        self._gate, self._server, self._socket = gate, server, socket
+        logger.info("listening at %s", listen)
+
+    def drain(self) -> None:
+        """Health says NOT_SERVING, nothing new is made, streams end with SERVER_DRAINING.
+
+        Calls that are at work go on. Idempotent.
+        """
+        if self._gate is not None:
+            self._gate.drain()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Drains, waits up to `grace_seconds` for the calls at work, and gives the socket free."""
+        if self._gate is None or self._server is None:
+            return
+        self._gate.stop()
+        await self._server.stop(grace_seconds)
+        if self._socket is not None:
+            await asyncio.to_thread(self._socket.release)
+            self._socket = None
+
+    def _add_services(self, server: grpc.aio.Server, gate: Gate) -> None:
+        implementations = {
+            SANDBOX_SERVICE: SandboxService(
+                sandboxes=self._ports.sandboxes,
+                branches=self._ports.branches,
+                forks=self._ports.forks,
+                consoles=self._ports.consoles,
+                limits=self._limits,
+                image_roots=self._image_roots,
+            ),
+            SNAPSHOT_SERVICE: SnapshotService(snapshots=self._ports.snapshots, limits=self._limits),
+            SERVER_SERVICE: ServerService(server=self._ports.server),
+        }
+        ours = [service.full_name for service in implementations]
+        health = HealthService(ours, gate)
+        server.add_generic_rpc_handlers(
+            [
+                *(service_handler(each, it, gate) for each, it in implementations.items()),
+                service_handler(health_service.SERVICE, health, None),
+            ]
+        )
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.ChannelzServicer(), server)
+        listed = [*ours, health_service.SERVICE.full_name, CHANNELZ, REFLECTION_V1ALPHA]
+        _add_reflection(server, listed)
+
+
+def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    servicer = reflection.ReflectionServicer(services)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    methods = {"ServerReflectionInfo": handler}
+    server.add_generic_rpc_handlers(
+        [
+            grpc.method_handlers_generic_handler(name, methods)
+            for name in (REFLECTION_V1, REFLECTION_V1ALPHA)
+        ]
+    )

@@ -1,0 +1,61 @@
+"""SnapshotService: look at snapshots, label them, delete them."""
+
+from __future__ import annotations
+
+from forkpoint.v1 import snapshot_service_pb2 as pb
+from forkpointd.model import Snapshot
+from forkpointd.rpc import convert, orders, pages
+from forkpointd.rpc.handlers import Context
+from forkpointd.rpc.ports import Position, SnapshotPort
+from forkpointd.rpc.rules import Limits
+from forkpointd.rpc.validation import check
+
+
+class SnapshotService:
+    """Snapshots that are READY."""
+
+    def __init__(self, *, snapshots: SnapshotPort, limits: Limits) -> None:
+        self._snapshots = snapshots
+        self._limits = limits
+
+    async def GetSnapshot(
+        self, request: pb.GetSnapshotRequest, _: Context
+    ) -> pb.GetSnapshotResponse:
+        """One snapshot."""
+        check(request, self._limits)
+        found = await self._snapshots.get(request.snapshot_id)
+        return pb.GetSnapshotResponse(snapshot=convert.snapshot(found))
+
+    async def ListSnapshots(
+        self, request: pb.ListSnapshotsRequest, _: Context
+    ) -> pb.ListSnapshotsResponse:
+        """A page of snapshots."""
+        check(request, self._limits)
+        page = await self._snapshots.list(
+            page_size=orders.page_size(request.page_size),
+            after=pages.position_of(request.page_token, request),
+            labels=dict(request.labels),
+            source_sandbox_id=request.source_sandbox_id or None,
+        )
+        snapshots, token = pages.page_of(page, request, convert.snapshot, _position)
+        return pb.ListSnapshotsResponse(snapshots=snapshots, next_page_token=token)
+
+    async def UpdateSnapshot(
+        self, request: pb.UpdateSnapshotRequest, _: Context
+    ) -> pb.UpdateSnapshotResponse:
+        """Changes labels, which is all that a mask may name."""
+        check(request, self._limits)
+        changed = await self._snapshots.set_labels(request.snapshot_id, dict(request.labels))
+        return pb.UpdateSnapshotResponse(snapshot=convert.snapshot(changed))
+
+    async def DeleteSnapshot(
+        self, request: pb.DeleteSnapshotRequest, _: Context
+    ) -> pb.DeleteSnapshotResponse:
+        """Takes a snapshot out of the API."""
+        check(request, self._limits)
+        await self._snapshots.delete(request.snapshot_id)
+        return pb.DeleteSnapshotResponse()
+
+
+def _position(it: Snapshot) -> Position:
+    return it.create_time, it.snapshot_id

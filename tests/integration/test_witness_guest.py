@@ -261,6 +261,19 @@ def test_what_it_cannot_do_it_refuses_and_does_not_count(guest: Guest) -> None:
         assert guest.ask(command) == answer, command
 
 
+def test_a_guest_too_small_for_any_page(new_guest: Callable[[str], Guest], kernel: Path) -> None:
+    guest = new_guest("small")
+    guest.boot(kernel, 32)
+    for command, answer in (
+        ("d0", "D 0 1"),
+        ("v0", "V 0 0 0 0 0"),
+        ("d1", "? range"),
+        ("r0", "? range"),
+        ("t", "T 1 3"),
+    ):
+        assert guest.ask(command) == answer, command
+
+
 def test_lines_and_bursts_longer_than_the_uart_fifo(guest: Guest) -> None:
     assert guest.ask("d" + "0" * 1000 + "2") == "D 2 1"
     count = 300

@@ -288,7 +288,8 @@ static inline int group_is(u64 at, u64 gen, u64 index) {
   return !different;
 }
 static void verify(u64 mib) {
-  u64 lowest = ~0UL, highest = 0, changes = 0, misplaced = 0, before = *(volatile u64 *)address(0);
+  u64 lowest = ~0UL, highest = 0, changes = 0, misplaced = 0;
+  u64 before = mib ? *(volatile u64 *)address(0) : 0;
   for (u64 page = 0, count = mib * PAGES_PER_MIB; page < count;) {
     u64 at = address(page);
     if (lowest <= before && contiguous(page, count - page) >= GROUP && group_is(at, before, page)) {

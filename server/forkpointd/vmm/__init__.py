@@ -1,0 +1,64 @@
+"""Firecracker: its HTTP API over a Unix socket, its processes, its versions; the simulator beside
+it behind the same names.
+
+This room knows sandboxes as folders and processes only: no registry, no snapshots' folders, no
+gRPC. `Vmm` is what the rest of the server uses; everything else is what it is made of.
+"""
+
+from __future__ import annotations
+
+from forkpointd.vmm.api import (
+    ApiConnection,
+    ApiReply,
+    ApiRequest,
+    VmmError,
+    VmmFault,
+    VmmGone,
+)
+from forkpointd.vmm.binary import (
+    SUPPORTED_VERSIONS,
+    Binary,
+    inspect_binary,
+    memory_write_failed,
+    simulator_binary,
+    snapshot_version,
+)
+from forkpointd.vmm.identity import Orphan, end_orphans, find_orphans
+from forkpointd.vmm.latencies import WindowLatencies, trim_metrics
+from forkpointd.vmm.machine import Vmm, VmmInfo
+from forkpointd.vmm.process import Launched, launch
+from forkpointd.vmm.requests import boot_requests, link_drives, load_requests
+from forkpointd.vmm.window import MAX_WINDOW_BYTES, Window, WindowOutcome
+from forkpointd.vmm.words import read_last_words, trim_log
+
+__all__ = [
+    "MAX_WINDOW_BYTES",
+    "SUPPORTED_VERSIONS",
+    "ApiConnection",
+    "ApiReply",
+    "ApiRequest",
+    "Binary",
+    "Launched",
+    "Orphan",
+    "Vmm",
+    "VmmError",
+    "VmmFault",
+    "VmmGone",
+    "VmmInfo",
+    "Window",
+    "WindowLatencies",
+    "WindowOutcome",
+    "boot_requests",
+    "end_orphans",
+    "find_orphans",
+    "inspect_binary",
+    "launch",
+    "link_drives",
+    "load_requests",
+    "memory_write_failed",
+    "read_last_words",
+    "simulator_binary",
+    "snapshot_version",
+    "trim_log",
+    "trim_metrics",
+]

@@ -1,0 +1,104 @@
+"""forkpoint: branch a running microVM in milliseconds, and start copies of that very moment.
+
+    import forkpoint
+
+    async with forkpoint.connect() as fp:
+        source = await fp.sandboxes.get("agent-7")
+        async with source.fork(10, ttl="10m") as children:
+            async for child in children:
+                print(await child.console.ask("uname -a"))
+
+A *sandbox* is one microVM. A *snapshot* is an immutable image from which sandboxes start. A
+*branch* makes a snapshot of a sandbox while it runs; a *fork* starts any number of sandboxes from
+one snapshot. The same client without `await` is `forkpoint.sync`.
+"""
+
+from forkpoint import errors
+from forkpoint._async._branches import Branches, Branching
+from forkpoint._async._client import Client, connect
+from forkpoint._async._console import Attachment, Console
+from forkpoint._async._forks import Children, Forks
+from forkpoint._async._sandboxes import Sandbox, Sandboxes
+from forkpoint._async._server import Server
+from forkpoint._async._snapshots import Snapshot, Snapshots
+from forkpoint._orders import UNCHANGED
+from forkpoint._version import __version__
+from forkpoint.enums import (
+    BranchMode,
+    BranchStage,
+    CheckOutcome,
+    CopyMethod,
+    DirtyBaseState,
+    ExpiryAction,
+    FailureAction,
+    ForkChildState,
+    ForkStage,
+    Layout,
+    SandboxState,
+    StagingKind,
+    VmmKind,
+    WishedState,
+)
+from forkpoint.errors import ForkpointError
+from forkpoint.views import (
+    BranchUpdate,
+    DirtyBase,
+    Drive,
+    ForkChild,
+    ForkUpdate,
+    HostCheck,
+    PauseWindow,
+    Progress,
+    SandboxExit,
+    SandboxView,
+    ServerInfo,
+    SnapshotView,
+    Vmm,
+)
+
+__all__ = [
+    "UNCHANGED",
+    "Attachment",
+    "BranchMode",
+    "BranchStage",
+    "BranchUpdate",
+    "Branches",
+    "Branching",
+    "CheckOutcome",
+    "Children",
+    "Client",
+    "Console",
+    "CopyMethod",
+    "DirtyBase",
+    "DirtyBaseState",
+    "Drive",
+    "ExpiryAction",
+    "FailureAction",
+    "ForkChild",
+    "ForkChildState",
+    "ForkStage",
+    "ForkUpdate",
+    "ForkpointError",
+    "Forks",
+    "HostCheck",
+    "Layout",
+    "PauseWindow",
+    "Progress",
+    "Sandbox",
+    "SandboxExit",
+    "SandboxState",
+    "SandboxView",
+    "Sandboxes",
+    "Server",
+    "ServerInfo",
+    "Snapshot",
+    "SnapshotView",
+    "Snapshots",
+    "StagingKind",
+    "Vmm",
+    "VmmKind",
+    "WishedState",
+    "__version__",
+    "connect",
+    "errors",
+]

@@ -1,0 +1,147 @@
+"""Snapshots: look at them, label them, delete them, fork them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from forkpoint import _wire, durations
+from forkpoint._async._calls import Calls
+from forkpoint._orders import fork_spec, new_request_id
+from forkpoint.enums import ExpiryAction, FailureAction
+from forkpoint.errors import SnapshotNotFound
+from forkpoint.v1 import snapshot_service_pb2 as messages
+from forkpoint.v1.sandbox_service_pb2 import ForkSandboxesRequest
+from forkpoint.views import SnapshotView
+
+if TYPE_CHECKING:
+    from forkpoint._async._forks import Children
+
+
+class Snapshot(SnapshotView):
+    """A snapshot with its verbs: the view's fields, as of the last answer about it."""
+
+    __slots__ = ("_calls",)
+
+    def __init__(self, calls: Calls, view: SnapshotView) -> None:
+        self._calls = calls
+        self._take(view)
+
+    def _take(self, view: SnapshotView) -> None:
+        for field in fields(SnapshotView):
+            setattr(self, field.name, getattr(view, field.name))
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self.id} {self.mode} of {self.source_sandbox_id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Snapshot) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    async def refresh(self) -> Snapshot:
+        """Asks the server again; updates this object and returns it."""
+        self._take(await Snapshots(self._calls).get(self.id))
+        return self
+
+    async def update(self, *, labels: Mapping[str, str]) -> Snapshot:
+        """Replaces all labels; updates this object and returns it."""
+        self._take(await Snapshots(self._calls).update(self.id, labels=labels))
+        return self
+
+    async def delete(self) -> None:
+        """Deletes it. What was made from it stays. No error when it is gone already."""
+        await Snapshots(self._calls).delete(self.id, missing_ok=True)
+
+    def fork(
+        self,
+        count: int = 1,
+        *,
+        fork_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl: durations.Duration | None = None,
+        on_expiry: ExpiryAction | str = ExpiryAction.DELETE,
+        on_failure: FailureAction | str = FailureAction.KEEP,
+        strict: bool = False,
+        request_id: str | None = None,
+        timeout: durations.Duration | None = None,
+    ) -> Children:
+        """Starts `count` children of this snapshot; see `Sandbox.fork`.
+
+        Leaving the block deletes the children, and never this snapshot.
+        """
+        from forkpoint._async._forks import Children  # it knows this module already
+
+        request = ForkSandboxesRequest(
+            request_id=request_id or new_request_id(),
+            snapshot_id=self.id,
+            fork=fork_spec(count, fork_id, labels, ttl, on_expiry, on_failure),
+        )
+        return Children.of_snapshot(self._calls, request, strict=strict, timeout=timeout)
+
+
+class Snapshots:
+    """The server's snapshots. They are made by `Sandbox.branch`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def get(self, snapshot_id: str) -> Snapshot:
+        """One snapshot. Raises `SnapshotNotFound`."""
+        response = await self._calls.unary(
+            self._calls.snapshots.GetSnapshot, messages.GetSnapshotRequest(snapshot_id=snapshot_id)
+        )
+        return Snapshot(self._calls, _wire.snapshot(response.snapshot))
+
+    async def list(
+        self,
+        *,
+        labels: Mapping[str, str] | None = None,
+        source: str | None = None,
+        page_size: int = 0,
+    ) -> AsyncIterator[Snapshot]:
+        """All snapshots that have all these labels and came from this sandbox, oldest first.
+
+        Asks for a page at a time, while it is iterated; `page_size` 0 leaves it to the server.
+        """
+        token = ""
+        while True:
+            response = await self._calls.unary(
+                self._calls.snapshots.ListSnapshots,
+                messages.ListSnapshotsRequest(
+                    page_size=page_size,
+                    page_token=token,
+                    labels=labels,
+                    source_sandbox_id=source or "",
+                ),
+            )
+            for message in response.snapshots:
+                yield Snapshot(self._calls, _wire.snapshot(message))
+            token = response.next_page_token
+            if not token:
+                return
+
+    async def update(self, snapshot_id: str, *, labels: Mapping[str, str]) -> Snapshot:
+        """Replaces all labels of a snapshot."""
+        response = await self._calls.unary(
+            self._calls.snapshots.UpdateSnapshot,
+            messages.UpdateSnapshotRequest(
+                snapshot_id=snapshot_id, update_mask=FieldMask(paths=["labels"]), labels=labels
+            ),
+        )
+        return Snapshot(self._calls, _wire.snapshot(response.snapshot))
+
+    async def delete(self, snapshot_id: str, *, missing_ok: bool = False) -> None:
+        """Deletes a snapshot. Nothing that was made from it breaks."""
+        try:
+            await self._calls.unary(
+                self._calls.snapshots.DeleteSnapshot,
+                messages.DeleteSnapshotRequest(snapshot_id=snapshot_id),
+            )
+        except SnapshotNotFound:
+            if not missing_ok:
+                raise

@@ -1,0 +1,131 @@
+"""A branch as it goes on: bars in a terminal, a line a stage elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
+
+from forkpoint import views
+from forkpoint.cli import output
+from forkpoint.enums import BranchStage, CopyMethod, StagingKind
+from forkpoint.views import BranchUpdate, PauseWindow
+
+_WORDS = {
+    BranchStage.QUEUED: "waits for an earlier branch or its turn to copy",
+    BranchStage.PRECOPYING: "pre-copies what is known, while the source runs",
+    BranchStage.RESUMED: "the source runs again",
+    BranchStage.MERGING: "lays the diff over the image",
+    BranchStage.FINALIZING: "makes the snapshot durable",
+    BranchStage.FORKING: "starts the children",
+}
+
+
+class BranchDisplay:
+    """Shows updates of one branch; used as a block around them."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._shown: BranchStage | None = None
+        self._bars: dict[str, TaskID] = {}
+        self._progress: Progress | None = None
+        if console.is_terminal and not quiet:
+            self._progress = Progress(
+                SpinnerColumn(finished_text="[green]✓[/green]"),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=True,
+            )
+
+    def __enter__(self) -> BranchDisplay:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, update: BranchUpdate) -> None:
+        """Shows the newest state."""
+        if self._quiet:
+            return
+        if update.precopy is not None:
+            note = "reflink" if update.precopy.method is CopyMethod.REFLINK else ""
+            self._bar("pre-copy", update.precopy, note)
+        if update.merge is not None:
+            self._bar("merge", update.merge, "")
+        if update.stage is self._shown:
+            return
+        self._shown = update.stage
+        if update.stage is BranchStage.RESUMED and update.pause is not None:
+            self._say(pause_line(update.pause))
+        elif update.stage in _WORDS:
+            self._note(update)
+
+    def _note(self, update: BranchUpdate) -> None:
+        """A stage, where there are no bars that show it."""
+        if self._progress is None:
+            self._say(f"{update.stage.value.lower()}: {_WORDS[update.stage]}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(escape(line))
+
+    def _bar(self, name: str, progress: views.Progress, note: str) -> None:
+        if self._progress is None:
+            return
+        total = max(progress.total_bytes, 1)
+        done = total if not progress.total_bytes else progress.done_bytes
+        if name not in self._bars:
+            self._bars[name] = self._progress.add_task(name.ljust(8), total=total, note=note)
+        self._progress.update(self._bars[name], completed=done, total=total, note=note)
+
+
+def pause_line(pause: PauseWindow) -> str:
+    """The pause window in a line."""
+    if pause.was_paused:
+        return f"the source was paused by its owner; {output.size(pause.dirty_bytes)} written"
+    return (
+        f"the source stood still for {output.span(pause.total)}"
+        f" ({output.size(pause.dirty_bytes)} written)"
+    )
+
+
+def pause_facts(pause: PauseWindow) -> list[tuple[str, str | None]]:
+    """The pause window's figures, with where each comes from."""
+    where = {StagingKind.TMPFS: "memory", StagingKind.DISK: "disk"}.get(pause.staging, "-")
+    if pause.was_paused:
+        total = "none: the source was paused by its owner"
+    else:
+        total = f"{output.span(pause.total)} by the server's clock"
+    return [
+        ("pause", total),
+        (
+            "  VMM",
+            (
+                f"{output.span(pause.vmm_total)} = pause {output.span(pause.pause)}"
+                f" + write {output.span(pause.snapshot)} + resume {output.span(pause.resume)}"
+            ),
+        ),
+        ("  wrote", f"{output.size(pause.dirty_bytes)}, staged in {where}"),
+    ]

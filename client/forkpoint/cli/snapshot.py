@@ -1,0 +1,146 @@
+"""`forkpoint snapshot`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import forkpoint
+from forkpoint.cli import output
+from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
+from forkpoint.cli.sandbox import say_deleted
+from forkpoint.errors import ForkpointError
+from forkpoint.views import SnapshotView
+
+app = typer.Typer(
+    help="Images from which sandboxes start. `forkpoint branch start` makes them.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+SnapshotId = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The snapshot's id.")]
+
+
+@app.command("list")
+def list_(
+    source: Annotated[
+        str | None, typer.Option(metavar="SANDBOX", help="Only those branched from this sandbox.")
+    ] = None,
+    label: Labels = None,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """List snapshots, oldest first."""
+
+    async def work() -> list[forkpoint.Snapshot]:
+        async with forkpoint.connect(address) as fp:
+            found = fp.snapshots.list(labels=pairs(label), source=source, page_size=1000)
+            return await collect(found)
+
+    found = run(work, json=json)
+    if json:
+        output.print_json(found)
+        return
+    if not found:
+        output.say("no snapshots")
+        return
+    output.table(
+        ["SNAPSHOT", "OF", "MODE", "MEMORY", "DIRTIED", "ON DISK", "AGE", "LABELS"],
+        [
+            [
+                each.id,
+                each.source_sandbox_id or "-",
+                each.mode.value,
+                output.size(each.memory_mib * 2**20),
+                output.size(each.dirty_bytes),
+                output.size(each.disk_bytes),
+                output.age(each.create_time),
+                output.labels(each.labels),
+            ]
+            for each in found
+        ],
+        right="MEMORY, DIRTIED, ON DISK, AGE",
+    )
+
+
+@app.command()
+def get(snapshot_id: SnapshotId, address: Address = None, json: Json = False) -> None:
+    """Show one snapshot."""
+
+    async def work() -> SnapshotView:
+        async with forkpoint.connect(address) as fp:
+            return await fp.snapshots.get(snapshot_id)
+
+    show(run(work, json=json), json=json)
+
+
+@app.command()
+def update(
+    snapshot_id: SnapshotId,
+    label: Labels = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Remove all labels.")] = False,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Replace all labels of a snapshot."""
+
+    async def work() -> SnapshotView:
+        if bool(label) == no_labels:
+            raise ValueError("give either --label or --no-labels")
+        async with forkpoint.connect(address) as fp:
+            return await fp.snapshots.update(snapshot_id, labels=pairs(label))
+
+    show(run(work, json=json), json=json)
+
+
+@app.command()
+def rm(
+    snapshot_ids: Annotated[list[str], typer.Argument(metavar="SNAPSHOT...", help="Their ids.")],
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Be silent about those that are gone already.")
+    ] = False,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Delete snapshots. Nothing that was made from them breaks."""
+
+    async def work() -> tuple[list[str], list[ForkpointError]]:
+        deleted: list[str] = []
+        failures: list[ForkpointError] = []
+        async with forkpoint.connect(address) as fp:
+            for snapshot_id in snapshot_ids:
+                try:
+                    await fp.snapshots.delete(snapshot_id, missing_ok=force)
+                    deleted.append(snapshot_id)
+                except ForkpointError as error:
+                    failures.append(error)
+        return deleted, failures
+
+    deleted, failures = run(work, json=json)
+    say_deleted(deleted, failures, json=json)
+
+
+def show(found: SnapshotView, *, json: bool) -> None:
+    """One snapshot."""
+    if json:
+        output.print_json(found)
+        return
+    output.facts(
+        [
+            ("snapshot", found.id),
+            ("of", found.source_sandbox_id),
+            ("branch", found.branch_id),
+            ("mode", found.mode.value),
+            ("diff against", found.parent_snapshot_id),
+            ("layout", found.layout.value),
+            ("memory", output.size(found.memory_mib * 2**20)),
+            ("vcpus", str(found.vcpus)),
+            ("dirtied", output.size(found.dirty_bytes)),
+            ("on disk", output.size(found.disk_bytes)),
+            ("drives", ", ".join(f"{each.drive_id}={each.path}" for each in found.drives)),
+            ("labels", output.labels(found.labels) if found.labels else None),
+            ("age", output.age(found.create_time)),
+            ("VMM", str(found.vmm) if found.vmm else None),
+        ]
+    )

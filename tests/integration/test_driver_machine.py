@@ -19,7 +19,7 @@ from forkpointd.vmm import (
     find_orphans,
     load_requests,
 )
-from tests.integration.vmms import Bench
+from tests.integration.vmms import Bench, is_gone, wait_for
 
 
 async def test_a_booted_guest_runs_pauses_and_runs_on(bench: Bench) -> None:
@@ -43,7 +43,7 @@ async def test_kill_ends_it_at_once_and_its_end_is_told(bench: Bench) -> None:
     await source.vmm.kill()
     exit_ = source.vmm.exited.result()
     assert (exit_.exit_code, exit_.signal) == (-1, signal.SIGKILL)
-    assert not Path(f"/proc/{source.pid}").exists(), "it is still a zombie"
+    assert is_gone(source.pid), "it is still a zombie"
     await source.vmm.kill()
     with pytest.raises(VmmGone):
         await source.vmm.pause()
@@ -106,8 +106,7 @@ async def test_a_start_that_is_cancelled_leaves_no_process(bench: Bench) -> None
     ended = asyncio.create_task(
         Vmm.start(binary, folder, "slow", (), bench.executor, prepare=folder.mkdir)
     )
-    while not (folder / "metrics").exists():  # the last file before the spawn
-        await asyncio.sleep(0.001)
+    await wait_for((folder / "metrics").exists)  # the last file before the spawn
     ended.cancel()
     with pytest.raises(asyncio.CancelledError):
         async with asyncio.timeout(10):
@@ -219,7 +218,7 @@ async def test_orphans_are_found_and_ended_and_others_left_alone(
         orphan.vmm.close()
         ended = await asyncio.to_thread(end_orphans, bench.root, {known.pid})
         assert [o.pid for o in ended] == [orphan.pid]
-        assert not Path(f"/proc/{orphan.pid}").exists()
+        assert is_gone(orphan.pid)
         assert bystander.returncode is None
         assert await known.generation() == 0
     finally:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -21,6 +22,19 @@ def kvm_refusal() -> str:
     except OSError as error:
         return f"/dev/kvm can't be used ({error.strerror})"
     return ""
+
+
+def is_gone(pid: int) -> bool:
+    """Whether there is no such process, not even a zombie."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+async def wait_for(holds: Callable[[], bool], what: str = "") -> None:
+    """Waits for a state that nothing announces."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, f"it never came to be: {what or holds}"
+        await asyncio.sleep(POLL_SECONDS)
 
 
 class Guest:

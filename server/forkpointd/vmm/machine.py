@@ -222,10 +222,11 @@ class Vmm:
 
     async def kill(self) -> None:
         """Ends the process (SIGKILL) and waits until it has ended. Idempotent."""
-        if self.exited.done():
-            return
-        self._killing = True
-        send_kill(self._pidfd)
+        if self.exited.cancelled():
+            raise RuntimeError(f"the VMM of {self.sandbox_id} was forgotten by close()")
+        if self._pidfd >= 0:
+            self._killing = True
+            send_kill(self._pidfd)
         await asyncio.shield(self.exited)
 
     def close(self) -> None:

@@ -1,0 +1,98 @@
+"""Operations on the snapshots table, and what still needs a deleted snapshot's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from forkpointd.model import Page, Reason, Snapshot
+from forkpointd.registry.rows import (
+    BRANCH_UNFINISHED,
+    FORK_UNFINISHED,
+    SNAPSHOTS,
+    Filter,
+    Position,
+    exists,
+    id_taken,
+    list_page,
+    not_there,
+)
+from forkpointd.registry.tables import Connection
+
+
+def insert(connection: Connection, snapshot: Snapshot, branch_id: str | None = None) -> None:
+    """A new snapshot (made by `branch_id`, to which its id was promised). Raises ID_TAKEN."""
+    check_id(connection, snapshot.snapshot_id, branch_id)
+    SNAPSHOTS.insert(connection, [snapshot])
+
+
+def check_id(connection: Connection, snapshot_id: str, branch_id: str | None) -> None:
+    """Raises ID_TAKEN unless a snapshot may be called so: also the id of one whose files wait to
+    be removed, and one that an unfinished branch (other than `branch_id`) will make, is taken."""
+    if exists(connection, "snapshots", "snapshot_id = ? AND deleted = 0", snapshot_id):
+        raise id_taken("snapshot", snapshot_id)
+    if exists(connection, "snapshots", "snapshot_id = ?", snapshot_id):
+        raise id_taken("snapshot", snapshot_id, "was deleted, but sandboxes still stand on it")
+    promised = connection.execute(
+        f"SELECT branch_id FROM branches WHERE snapshot_id = ? AND {BRANCH_UNFINISHED}"
+        " AND branch_id IS NOT ?",
+        (snapshot_id, branch_id),
+    ).fetchone()
+    if promised is not None:
+        raise id_taken("snapshot", snapshot_id, f"is being made by branch {promised[0]}")
+
+
+def put(connection: Connection, snapshot: Snapshot) -> None:
+    """Replaces the row of a snapshot that is not deleted. Raises SNAPSHOT_NOT_FOUND."""
+    if get(connection, snapshot.snapshot_id) is None:
+        raise not_there("snapshot", Reason.SNAPSHOT_NOT_FOUND, snapshot.snapshot_id)
+    SNAPSHOTS.update(connection, snapshot)
+
+
+def get(connection: Connection, snapshot_id: str, include_deleted: bool = False) -> Snapshot | None:
+    """One snapshot."""
+    return SNAPSHOTS.get(connection, snapshot_id, "1" if include_deleted else "deleted = 0")
+
+
+def list_some(
+    connection: Connection,
+    page_size: int,
+    after: Position | None,
+    labels: Mapping[str, str],
+    source_sandbox_id: str | None,
+) -> Page[Snapshot]:
+    """A page of those, not deleted, that have all labels and this source."""
+    filter_ = Filter()
+    filter_.conditions.append("deleted = 0")
+    filter_.equals("source_sandbox_id", source_sandbox_id)
+    filter_.labels("snapshots", labels)
+    return list_page(connection, SNAPSHOTS, page_size, after, filter_)
+
+
+def mark_deleted(connection: Connection, snapshot_id: str) -> None:
+    """The tombstone. Idempotent; raises SNAPSHOT_NOT_FOUND where there is no row at all."""
+    changed = connection.execute(
+        "UPDATE snapshots SET deleted = 1 WHERE snapshot_id = ?", (snapshot_id,)
+    ).rowcount
+    if not changed:
+        raise not_there("snapshot", Reason.SNAPSHOT_NOT_FOUND, snapshot_id)
+
+
+def nobody_needs(connection: Connection) -> list[str]:
+    """Deleted snapshots whose files may go: no sandbox has one as the base of its next diff, and no
+    unfinished fork will start children from it."""
+    rows = connection.execute(
+        "SELECT snapshot_id FROM snapshots WHERE deleted = 1"
+        " AND NOT EXISTS (SELECT 1 FROM sandboxes"
+        " WHERE needed_snapshot_id IS NOT NULL AND needed_snapshot_id = snapshots.snapshot_id)"
+        " AND NOT EXISTS (SELECT 1 FROM forks"
+        f" WHERE forks.snapshot_id = snapshots.snapshot_id AND {FORK_UNFINISHED})"
+        " ORDER BY snapshot_id"
+    )
+    return [row[0] for row in rows]
+
+
+def remove(connection: Connection, snapshot_id: str) -> None:
+    """Removes the row of a deleted snapshot, whose files are gone. Idempotent."""
+    if exists(connection, "snapshots", "snapshot_id = ? AND deleted = 0", snapshot_id):
+        raise AssertionError(f"snapshot {snapshot_id} has no tombstone")
+    connection.execute("DELETE FROM snapshots WHERE snapshot_id = ?", (snapshot_id,))

@@ -1,0 +1,89 @@
+"""Snapshot folders on disk: layout, staging, extents, sparse copies, room, manifests.
+
+    extents     which bytes of a diff are data, and the file that says so
+    copying     pre-copy, merge and plain copies that leave holes alone
+    staging     where a window is written, and whether a folder is fit for it
+    space       room that is reserved before it is used
+    manifest    what a snapshot is, and whether it fits a host (hostfacts)
+    store       snapshot folders: made out of sight, seen whole or not at all
+
+This room knows files only: not Firecracker, not the registry, not sandboxes. All of it is
+synchronous and blocks; it is run in threads and never on the event loop.
+"""
+
+from forkpointd.images.copying import (
+    CopyResult,
+    can_reflink,
+    copy_image,
+    copy_whole,
+    make_empty_image,
+    merge_diff,
+)
+from forkpointd.images.errors import ImageError, Stopped
+from forkpointd.images.extents import (
+    Extent,
+    StoredExtents,
+    data_extents,
+    data_extents_of,
+    load_extents,
+    save_extents,
+    total_bytes,
+)
+from forkpointd.images.hostfacts import HostFacts, read_host_facts
+from forkpointd.images.manifest import DriveWitness, Manifest, Mismatch, can_read, check_fits
+from forkpointd.images.space import (
+    NoRoom,
+    Reservation,
+    Room,
+    Rooms,
+    StagingChoice,
+    StagingRoom,
+    choose_staging,
+)
+from forkpointd.images.staging import (
+    StagingArea,
+    StagingNames,
+    StagingProbe,
+    probe_staging,
+)
+from forkpointd.images.store import Draft, SnapshotStore, StoredSnapshot, data_bytes_of
+
+__all__ = [
+    "CopyResult",
+    "Draft",
+    "DriveWitness",
+    "Extent",
+    "HostFacts",
+    "ImageError",
+    "Manifest",
+    "Mismatch",
+    "NoRoom",
+    "Reservation",
+    "Room",
+    "Rooms",
+    "SnapshotStore",
+    "StagingArea",
+    "StagingChoice",
+    "StagingNames",
+    "StagingProbe",
+    "StagingRoom",
+    "Stopped",
+    "StoredExtents",
+    "StoredSnapshot",
+    "can_read",
+    "can_reflink",
+    "check_fits",
+    "choose_staging",
+    "copy_image",
+    "copy_whole",
+    "data_bytes_of",
+    "data_extents",
+    "data_extents_of",
+    "load_extents",
+    "make_empty_image",
+    "merge_diff",
+    "probe_staging",
+    "read_host_facts",
+    "save_extents",
+    "total_bytes",
+]

@@ -1,0 +1,442 @@
+"""The manifest: what a snapshot is, and the witness of the host it was taken on.
+
+A snapshot's folder is moved and copied by people, so nothing in a manifest is believed: types,
+missing keys and the sizes of the files it names are checked before Firecracker sees them, for a
+failed load ends the process. `check_fits` compares it with a host (DESIGN promise 7).
+
+The file is JSON, `format` 1. A key that is not known is refused as well: it would be a promise
+that this version can't keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from forkpointd.images.errors import ImageError
+from forkpointd.images.hostfacts import HostFacts
+from forkpointd.model import (
+    MIB,
+    Branch,
+    BranchMode,
+    Drive,
+    Layout,
+    Machine,
+    VmmKind,
+    VmmVersion,
+    now,
+)
+
+FORMAT = 1
+
+MAX_MANIFEST_BYTES = 4 * MIB
+"""More is no manifest of ours: it isn't even read."""
+
+E = TypeVar("E", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True)
+class DriveWitness:
+    """A drive's file as it was when the snapshot was taken."""
+
+    drive_id: str
+    path: Path
+    """Absolute, links resolved."""
+    read_only: bool
+    root_device: bool
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    """For people who look for the file; a copy with the same time and size is as good."""
+
+    @classmethod
+    def of(cls, drive: Drive) -> DriveWitness:
+        """The witness of a drive as it is now. Raises OSError."""
+        path = Path(os.path.realpath(drive.path))
+        found = os.stat(path)
+        return cls(
+            drive.drive_id,
+            path,
+            drive.read_only,
+            drive.root_device,
+            found.st_size,
+            found.st_mtime_ns,
+            found.st_ino,
+        )
+
+    def changed(self) -> str | None:
+        """Why the file is not the one that the guest knows; None where it is. Raises nothing for
+        a file that is gone or can't be looked at: that is a reason too."""
+        try:
+            found = os.stat(self.path)
+        except OSError as error:
+            return f"{self.path} can't be found any more: {error.strerror}"
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+            return f"{self.path} is neither a file nor a block device any more"
+        if found.st_size != self.size_bytes:
+            return f"{self.path} has {found.st_size} bytes, not {self.size_bytes} as it had"
+        if found.st_mtime_ns != self.mtime_ns and stat.S_ISREG(found.st_mode):
+            return f"{self.path} was written to since (mtime_ns was {self.mtime_ns})"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything about a snapshot that must be known to start from it."""
+
+    snapshot_id: str
+    create_time: datetime
+    source_sandbox_id: str
+    branch_id: str
+    parent_snapshot_id: str | None
+    """What a DIFF stood on; None for the empty image and for FULL."""
+    mode: BranchMode
+    """FULL or DIFF."""
+    layout: Layout
+    memory_bytes: int
+    """Size of the guest's memory, and so of its file."""
+    vcpus: int
+    vmm: VmmVersion
+    snapshot_version: str
+    architecture: str
+    cpu_vendor: str
+    cpu_model: str
+    cpu_features: frozenset[str]
+    kernel_release: str
+    page_bytes: int
+    vmstate_bytes: int = 0
+    """Size of the vmstate file; `SnapshotStore.finalise` fills it in."""
+    drives: tuple[DriveWitness, ...] = ()
+    has_network: bool = False
+    """Reserved: a snapshot with network interfaces."""
+    has_vsock: bool = False
+    """Reserved: a snapshot with a vsock device."""
+    boot: Mapping[str, str] = field(default_factory=dict)
+    """How the first ancestor was booted, where that is known: for people."""
+
+    @classmethod
+    def describe(
+        cls,
+        *,
+        branch: Branch,
+        machine: Machine,
+        vmm: VmmVersion,
+        host: HostFacts,
+        boot: Mapping[str, str] | None = None,
+    ) -> Manifest:
+        """The manifest of the snapshot that `branch` made, now and on this host. `vmm` is what
+        ran the source, which may be older than what the host starts today. Raises OSError where a
+        drive is gone."""
+        assert branch.mode is not None, "a branch that has a snapshot has a mode"
+        return cls(
+            snapshot_id=branch.snapshot_id,
+            create_time=now(),
+            source_sandbox_id=branch.sandbox_id,
+            branch_id=branch.branch_id,
+            parent_snapshot_id=branch.base_snapshot_id,
+            mode=branch.mode,
+            layout=branch.layout,
+            memory_bytes=machine.memory_bytes,
+            vcpus=machine.vcpus,
+            vmm=vmm,
+            snapshot_version=host.snapshot_version,
+            architecture=host.architecture,
+            cpu_vendor=host.cpu_vendor,
+            cpu_model=host.cpu_model,
+            cpu_features=host.cpu_features,
+            kernel_release=host.kernel_release,
+            page_bytes=host.page_bytes,
+            drives=tuple(DriveWitness.of(drive) for drive in machine.drives),
+            boot=dict(boot or {}),
+        )
+
+    def to_json(self) -> str:
+        """The manifest as its file has it: sorted, for people to compare."""
+        return json.dumps({"format": FORMAT, **_plain(self)}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Raises ImageError for anything that `to_json` of this format would not have written."""
+        try:
+            content = json.loads(text)
+        except ValueError as error:  # of undecodable bytes too
+            raise ImageError(f"the manifest is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ImageError("the manifest is not a JSON object")
+        version = content.pop("format", None)
+        if version != FORMAT or isinstance(version, bool):
+            raise ImageError(
+                f"manifest format {version!r} is not known: this version knows {FORMAT}"
+            )
+        reader = _Reader(content, "")
+        manifest = cls(
+            snapshot_id=reader.text("snapshot_id"),
+            create_time=reader.instant("create_time"),
+            source_sandbox_id=reader.text("source_sandbox_id"),
+            branch_id=reader.text("branch_id"),
+            parent_snapshot_id=reader.optional_text("parent_snapshot_id"),
+            mode=reader.one_of("mode", BranchMode),
+            layout=reader.one_of("layout", Layout),
+            memory_bytes=reader.count("memory_bytes", at_least=1),
+            vcpus=reader.count("vcpus", at_least=1),
+            vmm=_read_vmm(reader.inner("vmm")),
+            snapshot_version=reader.text("snapshot_version"),
+            architecture=reader.text("architecture"),
+            cpu_vendor=reader.text("cpu_vendor"),
+            cpu_model=reader.text("cpu_model"),
+            cpu_features=frozenset(reader.texts("cpu_features")),
+            kernel_release=reader.text("kernel_release"),
+            page_bytes=reader.count("page_bytes", at_least=1),
+            vmstate_bytes=reader.count("vmstate_bytes", at_least=1),
+            drives=tuple(_read_drive(inner) for inner in reader.inners("drives")),
+            has_network=reader.flag("has_network"),
+            has_vsock=reader.flag("has_vsock"),
+            boot=reader.text_map("boot"),
+        )
+        reader.finish()
+        return manifest
+
+
+# --- does it fit a host? -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """One thing in which a host differs from the one that the snapshot was taken on."""
+
+    field: str
+    snapshot_value: str
+    host_value: str
+    refuses: bool
+    """Whether the snapshot must not be loaded here; else the difference is worth a warning."""
+
+
+class _Witness(Protocol):
+    """What a manifest and a host have in common."""
+
+    @property
+    def vmm(self) -> VmmVersion: ...
+    @property
+    def snapshot_version(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def cpu_vendor(self) -> str: ...
+    @property
+    def cpu_model(self) -> str: ...
+    @property
+    def cpu_features(self) -> frozenset[str]: ...
+    @property
+    def kernel_release(self) -> str: ...
+    @property
+    def page_bytes(self) -> int: ...
+
+
+_KERNEL_WORDS = """
+    rep_good nopl xtopology nonstop_tsc nonstop_tsc_s3 cpuid tsc_known_freq tsc_reliable
+    extd_apicid aperfmperf amd_dcm constant_tsc art arch_perfmon pebs bts acc_power lbrv_v2
+    syscall32 sysenter32 cpb ebx_bit_detection always fxsave_leak up p3 p4 k7 k8 ring3mwait
+    cpuid_fault epb cat_l3 cat_l2 cdp_l3 cdp_l2 cqm_occup_llc cqm_mbm_total cqm_mbm_local mba
+    smba bmec hw_pstate proc_feedback xcompacted pti intel_ppin amd_ppin retpoline
+    retpoline_lfence ibrs ibpb stibp ssbd ibrs_enhanced ibpb_exit_to_user tpr_shadow
+    flexpriority ept vpid ept_ad vnmi vmmcall vmcall pvunlock xenpv split_lock_detect
+    bus_lock_detect lam user_shstk bhi_ctrl per_thread_mba zen perfmon_v2 amd_lbr_v2
+    amd_lbr_pmc_freeze dtherm ida arat pln pts hwp hwp_notify hwp_act_window hwp_epp
+    hwp_pkg_req hfi monitor est tm tm2 acpi ht pbe ds_cpl dtes64 xtpr pdcm
+"""
+
+KERNEL_WORDS = frozenset(_KERNEL_WORDS.split())
+"""Words among the flags of /proc/cpuinfo that tell what the *kernel* does with the CPU, or how it
+is driven, rather than instructions that a guest may have found: another kernel release or boot
+option changes them on one and the same host (arch/x86/include/asm/cpufeatures.h, "Linux-defined"
+words 3, 7, 8, 11 and 21, and the thermal and power leaf). They are recorded, not compared."""
+
+
+def check_fits(manifest: Manifest, host: HostFacts, strict: bool) -> list[Mismatch]:
+    """In what this host differs from the snapshot's, worst first (DESIGN promise 7).
+
+    Refused: a snapshot version that this VMM can't read, another kind of VMM, architecture, CPU
+    vendor or model, a missing feature, another page size. Another kernel release or release of
+    the VMM is a warning, and refused only with `strict`.
+    """
+    found: list[Mismatch] = []
+
+    def differs(name: str, snapshot_value: str, host_value: str, refuses: bool) -> None:
+        found.append(Mismatch(name, snapshot_value, host_value, refuses))
+
+    old: _Witness = manifest
+    new: _Witness = host
+    if old.vmm.kind is not new.vmm.kind:
+        differs("vmm_kind", old.vmm.kind, new.vmm.kind, True)
+    elif not can_read(new.snapshot_version, old.snapshot_version):
+        differs("snapshot_version", old.snapshot_version, new.snapshot_version, True)
+    for name in ("architecture", "cpu_vendor", "cpu_model", "page_bytes"):
+        ours, theirs = str(getattr(old, name)), str(getattr(new, name))
+        if ours != theirs:
+            differs(name, ours, theirs, True)
+    missing = old.cpu_features - new.cpu_features - KERNEL_WORDS
+    if missing:
+        differs("cpu_features", " ".join(sorted(missing)), "missing", True)
+    if old.vmm.kind is new.vmm.kind and old.vmm.version != new.vmm.version:
+        differs("vmm_version", old.vmm.version, new.vmm.version, strict)
+    if old.kernel_release != new.kernel_release:
+        differs("kernel_release", old.kernel_release, new.kernel_release, strict)
+    return found
+
+
+def can_read(reader_version: str, snapshot_version: str) -> bool:
+    """Whether a Firecracker that writes snapshots of `reader_version` reads `snapshot_version`:
+    the same major, and a minor that is not newer (src/vmm/src/snapshot/mod.rs)."""
+    reader, snapshot = _numbers(reader_version), _numbers(snapshot_version)
+    if reader is None or snapshot is None:
+        return False
+    return reader[0] == snapshot[0] and snapshot[1] <= reader[1]
+
+
+def _numbers(version: str) -> tuple[int, int] | None:
+    parts = version.split(".")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
+        return None
+    return int(parts[0]), int(parts[1])
+
+
+# --- JSON --------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value
+
+
+def _read_vmm(reader: _Reader) -> VmmVersion:
+    vmm = VmmVersion(reader.one_of("kind", VmmKind), reader.text("version"))
+    reader.finish()
+    return vmm
+
+
+def _read_drive(reader: _Reader) -> DriveWitness:
+    drive = DriveWitness(
+        drive_id=reader.text("drive_id"),
+        path=Path(reader.text("path")),
+        read_only=reader.flag("read_only"),
+        root_device=reader.flag("root_device"),
+        size_bytes=reader.count("size_bytes"),
+        mtime_ns=reader.number("mtime_ns"),
+        inode=reader.count("inode"),
+    )
+    if not drive.path.is_absolute():
+        raise ImageError(f"manifest: the path of drive {drive.drive_id} is not absolute")
+    reader.finish()
+    return drive
+
+
+class _Reader:
+    """Takes typed values out of a JSON object; what is wrong is an ImageError with its place."""
+
+    def __init__(self, content: dict[str, Any], where: str) -> None:
+        self._content = dict(content)
+        self._where = where
+
+    def finish(self) -> None:
+        """Refuses what nobody took."""
+        if self._content:
+            names = ", ".join(sorted(self._where + name for name in self._content))
+            raise ImageError(f"manifest: {names} is not known in format {FORMAT}")
+
+    def text(self, name: str) -> str:
+        value = self._take(name)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a string")
+        return value
+
+    def optional_text(self, name: str) -> str | None:
+        if self._content.get(name, "") is None:
+            self._take(name)
+            return None
+        return self.text(name)
+
+    def texts(self, name: str) -> list[str]:
+        value = self._take(name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(name, "a list of strings")
+        return value
+
+    def text_map(self, name: str) -> dict[str, str]:
+        value = self._take(name)
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise self._wrong(name, "an object of strings")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self._take(name)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
+    def number(self, name: str) -> int:
+        value = self._take(name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._wrong(name, "an integer")
+        return value
+
+    def count(self, name: str, *, at_least: int = 0) -> int:
+        value = self.number(name)
+        if value < at_least:
+            raise self._wrong(name, f"an integer from {at_least} on")
+        return value
+
+    def instant(self, name: str) -> datetime:
+        try:
+            value = datetime.fromisoformat(self.text(name))
+        except ValueError as error:
+            raise self._wrong(name, "an ISO 8601 instant") from error
+        if value.tzinfo is None:
+            raise self._wrong(name, "an instant with its offset from UTC")
+        return value
+
+    def one_of(self, name: str, kind: type[E]) -> E:
+        try:
+            return kind(self.text(name))
+        except ValueError as error:
+            raise self._wrong(name, f"one of {', '.join(kind)}") from error
+
+    def inner(self, name: str) -> _Reader:
+        value = self._take(name)
+        if not isinstance(value, dict):
+            raise self._wrong(name, "an object")
+        return _Reader(value, f"{self._where}{name}.")
+
+    def inners(self, name: str) -> list[_Reader]:
+        value = self._take(name)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self._wrong(name, "a list of objects")
+        return [_Reader(item, f"{self._where}{name}.") for item in value]
+
+    def _take(self, name: str) -> Any:
+        try:
+            return self._content.pop(name)
+        except KeyError:
+            raise ImageError(f"manifest: {self._where}{name} is missing") from None
+
+    def _wrong(self, name: str, wanted: str) -> ImageError:
+        return ImageError(f"manifest: {self._where}{name} is not {wanted}")

@@ -1,0 +1,234 @@
+"""Moving extents from one open file to another at equal offsets, in chunks.
+
+The kernel copies where it can (copy_file_range); between file systems of different kinds, such as
+tmpfs and ext4, bytes go through a buffer of this process, with near extents read together.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forkpointd.images import syscalls
+from forkpointd.images.errors import ImageError, Stopped
+from forkpointd.images.extents import Extent
+from forkpointd.model import MIB
+
+CHUNK_BYTES = 4 * MIB
+"""Between two calls of `gate`: some milliseconds of copying on an ordinary disk."""
+
+CHUNK_EXTENTS = 256
+"""The same for scattered pages, each of which costs as much as many bytes in a row."""
+
+COALESCE_GAP_BYTES = 16 * 1024
+"""Extents nearer than this are read together: the hole between them is cheaper than a call."""
+
+_NO_COPY_FILE_RANGE = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+)
+
+Progress = Callable[[int], None]
+ShouldStop = Callable[[], bool]
+Gate = Callable[[], None]
+Piece = tuple[int, int]
+"""Offset and length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What the caller wants to be asked and told between chunks."""
+
+    progress: Progress
+    should_stop: ShouldStop
+    gate: Gate
+    chunk_bytes: int
+
+    def before_chunk(self) -> None:
+        """Holds still as long as the gate wants; raises Stopped."""
+        self.gate()
+        if self.should_stop():
+            raise Stopped
+
+
+# --- files that know their path ----------------------------------------------------------------
+
+
+class OpenFile:
+    """An open regular file that knows its path. A context manager; a file that was made for the
+    `with` block is unlinked again if the block fails."""
+
+    def __init__(self, path: Path, fd: int, *, made: bool) -> None:
+        self.path = path
+        self.fd = fd
+        self._made = made
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        os.close(self.fd)
+        if error is not None and self._made:
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size as of now."""
+        return os.fstat(self.fd).st_size
+
+    def resize(self, size_bytes: int) -> None:
+        """Cuts it, or makes it longer by a hole."""
+        try:
+            syscalls.ftruncate(self.fd, size_bytes)
+        except OSError as error:
+            raise self.named(error) from error
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` is a name of this file."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(path))
+        except FileNotFoundError:
+            return False
+
+    def named(self, error: OSError) -> OSError:
+        """The same error with this path."""
+        return OSError(error.errno, error.strerror, str(self.path))
+
+
+def open_file(path: Path, flags: int) -> OpenFile:
+    """An existing regular file. Raises ImageError for anything else, OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ImageError(f"{path} is not a regular file")
+    return OpenFile(path, fd, made=False)
+
+
+def create_file(path: Path) -> OpenFile:
+    """A new file, private to this user. Raises FileExistsError, OSError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return OpenFile(path, os.open(path, flags, 0o600), made=True)
+
+
+# --- moving ------------------------------------------------------------------------------------
+
+
+def move(source: OpenFile, target: OpenFile, extents: Sequence[Extent], steps: Steps) -> int:
+    """Moves extents, chunk by chunk, by the best way that works between these two files; returns
+    their bytes. Raises Stopped, ImageError (the source is cut), OSError with the path."""
+    moved = 0
+    by_kernel = True
+    buffer: mmap.mmap | None = None
+    try:
+        for chunk in _chunks(extents, steps.chunk_bytes):
+            steps.before_chunk()
+            if by_kernel:
+                by_kernel = _copy_by_kernel(source, target, chunk)
+            if not by_kernel:
+                if buffer is None:
+                    buffer = mmap.mmap(-1, steps.chunk_bytes)  # page-aligned
+                _copy_by_buffer(source, target, chunk, buffer)
+            count = sum(length for _, length in chunk)
+            moved += count
+            steps.progress(count)
+    finally:
+        if buffer is not None:
+            buffer.close()
+    return moved
+
+
+def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[list[Piece]]:
+    """Cuts extents into lists of pieces that have at most `chunk_bytes` together."""
+    chunk: list[Piece] = []
+    room = chunk_bytes
+    for extent in extents:
+        offset, left = extent.offset_bytes, extent.length_bytes
+        while left:
+            length = min(left, room)
+            chunk.append((offset, length))
+            offset, left, room = offset + length, left - length, room - length
+            if not room or len(chunk) == CHUNK_EXTENTS:
+                yield chunk
+                chunk, room = [], chunk_bytes
+    if chunk:
+        yield chunk
+
+
+def _copy_by_kernel(source: OpenFile, target: OpenFile, chunk: list[Piece]) -> bool:
+    """copy_file_range; False where it doesn't work between these files (the chunk is then to be
+    copied again by other means, which does no harm)."""
+    copy, from_fd, to_fd = syscalls.copy_file_range, source.fd, target.fd
+    for piece in chunk:
+        offset, length = piece
+        while length:
+            try:
+                done = copy(from_fd, to_fd, length, offset, offset)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if error.errno in _NO_COPY_FILE_RANGE:
+                    return False
+                raise target.named(error) from error
+            if not done:
+                raise _ended_early(source, offset)
+            offset, length = offset + done, length - done
+    return True
+
+
+def _copy_by_buffer(
+    source: OpenFile, target: OpenFile, chunk: list[Piece], buffer: mmap.mmap
+) -> None:
+    """Reads near pieces together, writes each alone."""
+    with memoryview(buffer) as view:
+        for start, end, group in _near(chunk, len(buffer)):
+            with view[: end - start] as span:
+                _read(source, span, start)
+            for offset, length in group:
+                with view[offset - start : offset - start + length] as piece:
+                    _write(target, piece, offset)
+
+
+def _near(chunk: list[Piece], limit_bytes: int) -> Iterator[tuple[int, int, list[Piece]]]:
+    """Groups of pieces that are worth one read: start, end, pieces."""
+    group: list[Piece] = []
+    start = end = 0
+    for offset, length in chunk:
+        near = offset - end <= COALESCE_GAP_BYTES and offset + length - start <= limit_bytes
+        if group and not near:
+            yield start, end, group
+            group = []
+        if not group:
+            start = offset
+        group.append((offset, length))
+        end = offset + length
+    if group:
+        yield start, end, group
+
+
+def _read(source: OpenFile, into: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(into):
+        try:
+            count = syscalls.preadv(source.fd, [into[done:]], offset + done)
+        except OSError as error:
+            raise source.named(error) from error
+        if not count:
+            raise _ended_early(source, offset + done)
+        done += count
+
+
+def _write(target: OpenFile, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        try:
+            done += syscalls.pwrite(target.fd, data[done:], offset + done)
+        except OSError as error:
+            raise target.named(error) from error
+
+
+def _ended_early(source: OpenFile, offset: int) -> ImageError:
+    return ImageError(f"{source.path} ended at byte {offset}, within an extent: it was cut")

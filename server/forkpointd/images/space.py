@@ -1,0 +1,255 @@
+"""Room on disks is reserved, not checked: what one branch was promised no other can be given.
+
+A `Room` is one file system (or a part of one). What is free in it is what the file system says,
+less all reservations that were not yet used up: `consume` says that bytes have landed, where the
+file system counts them itself from then on. tmpfs says "room" until the OOM killer comes, so there
+MemAvailable and the operator's budget count as well.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forkpointd.images.staging import StagingArea
+from forkpointd.model import StagingKind
+
+FULL_TMPFS_TIMES = 3
+"""A FULL window is staged on tmpfs only where it fits so many times over (DESIGN 4.1)."""
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+class NoRoom(Exception):
+    """What was asked for doesn't fit; nothing was reserved."""
+
+    def __init__(
+        self, what: str, needed_bytes: int, free_bytes: int, reserved_bytes: int, path: Path
+    ) -> None:
+        super().__init__(
+            f"no room for {what}: it needs {needed_bytes} bytes, {path} has "
+            f"{max(0, free_bytes)} free beside {reserved_bytes} that others have reserved"
+        )
+        self.what = what
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        """Without what is reserved."""
+        self.reserved_bytes = reserved_bytes
+        self.path = path
+
+
+class Ledger:
+    """The reservations on one file system, shared by all rooms that are parts of it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._left_bytes: dict[Reservation, int] = {}
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is promised and has not landed."""
+        with self.lock:
+            return sum(self._left_bytes.values())
+
+    def add(self, count: int, what: str) -> Reservation:
+        """Writes a promise down. Whether it can be kept is the room's business."""
+        with self.lock:
+            reservation = Reservation(self, count, what)
+            self._left_bytes[reservation] = count
+            return reservation
+
+    def left(self, reservation: Reservation) -> int:
+        """What of a promise has not landed; 0 once it is given back."""
+        with self.lock:
+            return self._left_bytes.get(reservation, 0)
+
+    def consume(self, reservation: Reservation, count: int) -> None:
+        """Bytes of a promise have landed."""
+        with self.lock:
+            if reservation in self._left_bytes:
+                self._left_bytes[reservation] = max(0, self._left_bytes[reservation] - count)
+
+    def remove(self, reservation: Reservation) -> None:
+        """Takes a promise back, once or often."""
+        with self.lock:
+            self._left_bytes.pop(reservation, None)
+
+
+class Reservation:
+    """Room that nobody else is given until `release`. A context manager; safe in any thread."""
+
+    def __init__(self, ledger: Ledger, count: int, what: str) -> None:
+        self._ledger = ledger
+        self.reserved_bytes = count
+        """At first."""
+        self.what = what
+
+    @property
+    def left_bytes(self) -> int:
+        """What has not landed yet."""
+        return self._ledger.left(self)
+
+    def consume(self, count: int) -> None:
+        """Says that so many bytes have landed: the file system counts them itself from now on.
+        More than was reserved counts as all of it."""
+        if count < 0:
+            raise ValueError(f"bytes that landed are not negative: {count}")
+        self._ledger.consume(self, count)
+
+    def release(self) -> None:
+        """Gives back what is left. Idempotent."""
+        self._ledger.remove(self)
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Room:
+    """The room on one file system: of `path`, which must exist when it is asked."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        ledger: Ledger | None = None,
+        limit: Callable[[], int] | None = None,
+    ) -> None:
+        """`ledger` is another room's, if that lies on the same file system; `limit` tells how
+        many bytes may land here at most, from now on."""
+        self.path = path
+        self.ledger = ledger or Ledger()
+        self._limit = limit
+
+    def free_bytes(self) -> int:
+        """What a new reservation could have: never negative. Raises OSError."""
+        with self.ledger.lock:
+            return max(0, self._unreserved_bytes() - self.ledger.reserved_bytes)
+
+    def reserve(self, count: int, what: str) -> Reservation:
+        """Promises `count` bytes to `what` (words for the error). Raises NoRoom, OSError."""
+        if count < 0:
+            raise ValueError(f"a reservation is not negative: {count}")
+        with self.ledger.lock:
+            free, reserved = self._unreserved_bytes(), self.ledger.reserved_bytes
+            if count > free - reserved:
+                raise NoRoom(what, count, free, reserved, self.path)
+            return self.ledger.add(count, what)
+
+    def _unreserved_bytes(self) -> int:
+        answer = os.statvfs(self.path)
+        free = answer.f_bavail * answer.f_frsize
+        return free if self._limit is None else min(free, self._limit())
+
+
+class Rooms:
+    """The rooms of a machine, one ledger for each file system (by st_dev) or named pool."""
+
+    def __init__(self) -> None:
+        self._ledgers: dict[int | str, Ledger] = {}
+
+    def at(
+        self, path: Path, *, pool: str | None = None, limit: Callable[[], int] | None = None
+    ) -> Room:
+        """The room of `path`. Raises OSError."""
+        key: int | str = os.stat(path).st_dev if pool is None else pool
+        return Room(path, ledger=self._ledgers.setdefault(key, Ledger()), limit=limit)
+
+
+# --- staging -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StagingChoice:
+    """Where a window is staged, and the room it needs there."""
+
+    kind: StagingKind
+    bytes_to_reserve: int
+    reason: str
+
+
+def choose_staging(
+    *,
+    memory_bytes: int,
+    expected_bytes: int | None,
+    full: bool,
+    tmpfs_free_bytes: int | None,
+) -> StagingChoice:
+    """DESIGN 4.1: tmpfs where it holds the source's whole memory (FULL: three times over), else
+    the disk. What is reserved is the expected diff, or the memory's size where that is unknown.
+
+    `tmpfs_free_bytes` is less all reservations; None where there is no tmpfs to stage on. A FULL
+    window on disk needs nothing of its own: its file becomes the image, whose room is reserved.
+    """
+    needed = memory_bytes
+    if expected_bytes is not None and not full:
+        needed = min(expected_bytes, memory_bytes)
+    times = FULL_TMPFS_TIMES if full else 1
+    if tmpfs_free_bytes is None:
+        reason = "there is no tmpfs to stage on"
+    elif tmpfs_free_bytes < times * memory_bytes:
+        reason = f"tmpfs has {tmpfs_free_bytes} bytes for {times} x {memory_bytes}"
+    else:
+        return StagingChoice(StagingKind.TMPFS, needed, "tmpfs holds it")
+    return StagingChoice(StagingKind.DISK, 0 if full else needed, reason)
+
+
+class StagingRoom:
+    """The room for windows: a tmpfs folder with a budget, and the disk."""
+
+    def __init__(self, tmpfs: Path | None, budget_bytes: int | None, *, disk: Room) -> None:
+        """`tmpfs` is a folder that passed its probe, or None; `budget_bytes` what may be staged in
+        it at once (None: no limit but the machine's). Raises OSError."""
+        self._disk = disk
+        self._tmpfs: Room | None = None
+        if tmpfs is not None:
+            area = StagingArea(tmpfs)
+
+            def limit() -> int:
+                memory = available_memory_bytes()
+                if budget_bytes is None:
+                    return memory
+                return min(memory, budget_bytes - area.used_bytes())
+
+            same = os.stat(tmpfs).st_dev == os.stat(disk.path).st_dev
+            self._tmpfs = Room(tmpfs, ledger=disk.ledger if same else None, limit=limit)
+
+    def choose(
+        self, memory_bytes: int, *, expected_bytes: int | None, full: bool, what: str
+    ) -> tuple[StagingKind, Reservation]:
+        """Chooses where a window is staged and reserves its room, in one step. Raises NoRoom with
+        the disk's figures, OSError."""
+        if self._tmpfs is None:
+            choice = choose_staging(
+                memory_bytes=memory_bytes,
+                expected_bytes=expected_bytes,
+                full=full,
+                tmpfs_free_bytes=None,
+            )
+            return choice.kind, self._disk.reserve(choice.bytes_to_reserve, what)
+        with self._tmpfs.ledger.lock:
+            choice = choose_staging(
+                memory_bytes=memory_bytes,
+                expected_bytes=expected_bytes,
+                full=full,
+                tmpfs_free_bytes=self._tmpfs.free_bytes(),
+            )
+            room = self._tmpfs if choice.kind is StagingKind.TMPFS else self._disk
+            return choice.kind, room.reserve(choice.bytes_to_reserve, what)
+
+    def free_bytes(self) -> int:
+        """What could be staged on tmpfs now; 0 without one. Raises OSError."""
+        return 0 if self._tmpfs is None else self._tmpfs.free_bytes()
+
+
+def available_memory_bytes(meminfo: Path = _MEMINFO) -> int:
+    """MemAvailable: what can be had without swapping (proc(5)). Raises OSError."""
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{meminfo} has no MemAvailable")

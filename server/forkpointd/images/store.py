@@ -1,0 +1,314 @@
+"""Snapshot folders on disk: made out of sight, seen whole or not at all, gone at once.
+
+    ROOT/<snapshot_id>/memory         as large as the guest's memory, holes are zeros
+                      /vmstate
+                      /manifest.json
+    ROOT/.draft-<branch_id>/          a snapshot that is being made
+    ROOT/.trash-<snapshot_id>-<n>/    one that is being removed
+
+A folder under its own name is complete and durable: the files are synced, then their folder, then
+it is renamed, then ROOT is synced (DESIGN 4.8). No id begins with a dot, so the three never meet.
+Whether a complete folder *is* a snapshot is said by the registry alone; `sweep` removes the others
+after a crash. Folders are private to this user, files of a finished snapshot read-only.
+
+Synchronous; safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import threading
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forkpointd.images.errors import ImageError
+from forkpointd.images.fs import Fs
+from forkpointd.images.manifest import MAX_MANIFEST_BYTES, Manifest
+from forkpointd.images.staging import allocated_bytes
+from forkpointd.model import ID_PATTERN
+
+MEMORY_NAME = "memory"
+VMSTATE_NAME = "vmstate"
+MANIFEST_NAME = "manifest.json"
+
+_DRAFT = ".draft-"
+_TRASH = ".trash-"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The folder of a snapshot that is being made."""
+
+    branch_id: str
+    folder: Path
+
+    @property
+    def memory_path(self) -> Path:
+        """Where the memory goes."""
+        return self.folder / MEMORY_NAME
+
+    @property
+    def vmstate_path(self) -> Path:
+        """Where the vmstate goes."""
+        return self.folder / VMSTATE_NAME
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where `finalise` writes the manifest."""
+        return self.folder / MANIFEST_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSnapshot:
+    """The files of a finished snapshot, whose sizes were checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def memory_path(self) -> Path:
+        """The memory, never to be written to: children map it."""
+        return self.folder / MEMORY_NAME
+
+    @property
+    def vmstate_path(self) -> Path:
+        """The state of CPUs and devices."""
+        return self.folder / VMSTATE_NAME
+
+
+class SnapshotStore:
+    """The snapshots' folder."""
+
+    def __init__(self, root: Path, *, fs: Fs | None = None) -> None:
+        """`root` must exist. `fs` is for tests that let its calls fail."""
+        self.root = root
+        self._fs = fs or Fs()
+        self._lock = threading.Lock()
+        self._at_work: set[str] = set()
+        """Names in ROOT that this process makes: `sweep` leaves them alone."""
+
+    # --- making ---
+
+    def draft(self, branch_id: str) -> Draft:
+        """A new, empty, private folder. Raises ImageError if there is one, OSError (ENOSPC)."""
+        draft = self._draft_of(branch_id)
+        try:
+            self._fs.mkdir(draft.folder)
+        except FileExistsError as error:
+            raise ImageError(
+                f"branch {branch_id} has a draft already: {draft.folder}"
+            ) from error
+        self._begin(draft.folder)
+        return draft
+
+    def reopen_draft(self, branch_id: str, snapshot_id: str) -> Draft | None:
+        """The draft that a former server left, writable, without its manifest; None if there is
+        none. A folder that was renamed to its `snapshot_id` already, but never became READY, is
+        renamed back if it is this branch's. Raises OSError.
+        """
+        draft = self._draft_of(branch_id)
+        if not draft.folder.is_dir():
+            finished = self._folder_of(snapshot_id)
+            if not self._is_made_by(finished, branch_id):
+                return None
+            self._fs.rename(finished, draft.folder)
+            self._fs.fsync_folder(self.root)
+        self._begin(draft.folder)
+        self._fs.unlink(draft.manifest_path)
+        for path in (draft.memory_path, draft.vmstate_path):
+            if path.exists():
+                self._fs.chmod(path, 0o600)
+        return draft
+
+    def discard(self, draft: Draft) -> None:
+        """Removes a draft and what is in it. Idempotent. Raises OSError."""
+        self._remove_folder(draft.folder)
+        self._end(draft.folder)
+
+    def finalise(self, draft: Draft, manifest: Manifest) -> Path:
+        """Makes a draft with its memory and vmstate a snapshot, durably; returns its folder.
+
+        The manifest gets the vmstate's size. If this fails (ImageError, OSError with the path)
+        there is no snapshot of that id, and the draft is there, to be discarded or tried again.
+        """
+        folder = self._folder_of(manifest.snapshot_id)
+        if os.path.lexists(folder):
+            raise ImageError(f"snapshot {manifest.snapshot_id} is there already: {folder}")
+        memory_bytes = _size_of(draft.memory_path)
+        if memory_bytes != manifest.memory_bytes:
+            raise ImageError(
+                f"{draft.memory_path} has {memory_bytes} bytes, not {manifest.memory_bytes}"
+            )
+        manifest = dataclasses.replace(manifest, vmstate_bytes=_size_of(draft.vmstate_path))
+        if not manifest.vmstate_bytes:
+            raise ImageError(f"{draft.vmstate_path} is empty")
+        fs = self._fs
+        fs.unlink(draft.manifest_path)
+        fs.write_new(draft.manifest_path, manifest.to_json().encode())
+        for path in (draft.memory_path, draft.vmstate_path, draft.manifest_path):
+            fs.chmod(path, 0o400)
+            fs.fsync_file(path)
+        fs.fsync_folder(draft.folder)
+        self._begin(folder)
+        fs.rename(draft.folder, folder)
+        try:
+            fs.fsync_folder(self.root)
+        except OSError:
+            fs.rename(folder, draft.folder)
+            raise
+        self._end(draft.folder)
+        return folder
+
+    # --- using ---
+
+    def open(self, snapshot_id: str) -> StoredSnapshot:
+        """A finished snapshot. Raises ImageError if it isn't there, or its files are not what its
+        manifest says; OSError if they can't be looked at."""
+        folder = self._folder_of(snapshot_id)
+        try:
+            manifest = _read_manifest(folder / MANIFEST_NAME)
+            stored = StoredSnapshot(folder, manifest)
+            if manifest.snapshot_id != snapshot_id:
+                raise ImageError(f"{folder} holds snapshot {manifest.snapshot_id}")
+            for path, size_bytes in (
+                (stored.memory_path, manifest.memory_bytes),
+                (stored.vmstate_path, manifest.vmstate_bytes),
+            ):
+                actual = _size_of(path)
+                if actual != size_bytes:
+                    raise ImageError(
+                        f"{path} has {actual} bytes, not {size_bytes} as its manifest says"
+                    )
+        except FileNotFoundError as error:
+            raise ImageError(f"{error.filename} is not there") from error
+        except NotADirectoryError as error:
+            raise ImageError(f"{folder} is not a folder") from error
+        return stored
+
+    # --- removing ---
+
+    def delete(self, snapshot_id: str) -> bool:
+        """Removes a snapshot's files; False if there were none. From the first step on it isn't
+        visible; what a crash leaves is `sweep`'s. Raises OSError; try again then."""
+        folder = self._folder_of(snapshot_id)
+        with self._lock:
+            trash = self._free_trash_name(snapshot_id)
+            try:
+                self._fs.rename(folder, trash)
+            except FileNotFoundError:
+                return False
+        self._end(folder)
+        self._remove_folder(trash)
+        return True
+
+    def remove_drafts(self, keep: Collection[str]) -> int:
+        """Removes the drafts of all branches but those in `keep`, and but those that this process
+        works on; returns how many. Raises OSError."""
+        kept = {_DRAFT + branch_id for branch_id in keep}
+        return self._remove_all(
+            name for name in self._names() if name.startswith(_DRAFT) and name not in kept
+        )
+
+    def leftovers(self, known_ids: Collection[str]) -> tuple[Path, ...]:
+        """Folders that are no snapshots: trash, drafts, and complete ones whose ids are not in
+        `known_ids`; without those that this process works on. Foreign names are not touched."""
+        return tuple(
+            self.root / name
+            for name in self._names()
+            if name.startswith((_TRASH, _DRAFT))
+            or (ID_PATTERN.fullmatch(name) and name not in known_ids)
+        )
+
+    def sweep(self, known_ids: Collection[str]) -> int:
+        """Removes the leftovers; returns how many. Raises OSError."""
+        return self._remove_all(path.name for path in self.leftovers(known_ids))
+
+    # --- looking ---
+
+    def used_bytes(self, snapshot_id: str) -> int:
+        """Room that a snapshot takes up; blocks shared by reflink count for each owner."""
+        return data_bytes_of(self._folder_of(snapshot_id))
+
+    # --- inside ---
+
+    def _folder_of(self, snapshot_id: str) -> Path:
+        return self.root / _checked(snapshot_id)
+
+    def _draft_of(self, branch_id: str) -> Draft:
+        return Draft(branch_id, self.root / (_DRAFT + _checked(branch_id)))
+
+    def _begin(self, folder: Path) -> None:
+        with self._lock:
+            self._at_work.add(folder.name)
+
+    def _end(self, folder: Path) -> None:
+        with self._lock:
+            self._at_work.discard(folder.name)
+
+    def _names(self) -> list[str]:
+        with self._lock:
+            return sorted(name for name in os.listdir(self.root) if name not in self._at_work)
+
+    def _is_made_by(self, folder: Path, branch_id: str) -> bool:
+        try:
+            return _read_manifest(folder / MANIFEST_NAME).branch_id == branch_id
+        except (ImageError, FileNotFoundError, NotADirectoryError):
+            return False
+
+    def _free_trash_name(self, snapshot_id: str) -> Path:
+        number = 0
+        while os.path.lexists(path := self.root / f"{_TRASH}{snapshot_id}-{number}"):
+            number += 1
+        return path
+
+    def _remove_all(self, names: Iterable[str]) -> int:
+        count = 0
+        for name in names:
+            if ID_PATTERN.fullmatch(name):
+                self.delete(name)
+            else:
+                self._remove_folder(self.root / name)
+            count += 1
+        return count
+
+    def _remove_folder(self, folder: Path) -> None:
+        """Unlinks a flat folder, then makes its end durable."""
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            return
+        for name in names:
+            self._fs.unlink(folder / name)
+        self._fs.rmdir(folder)
+        self._fs.fsync_folder(self.root)
+
+
+def data_bytes_of(folder: Path) -> int:
+    """Blocks that the files of a folder have, in bytes. Raises OSError."""
+    return sum(allocated_bytes(folder / name) for name in os.listdir(folder))
+
+
+def _checked(any_id: str) -> str:
+    if not ID_PATTERN.fullmatch(any_id):
+        raise ImageError(f"{any_id!r} is no id: {ID_PATTERN.pattern}")
+    return any_id
+
+
+def _size_of(path: Path) -> int:
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ImageError(f"{path} is not a regular file")
+    return found.st_size
+
+
+def _read_manifest(path: Path) -> Manifest:
+    size_bytes = _size_of(path)
+    if size_bytes > MAX_MANIFEST_BYTES:
+        raise ImageError(f"{path} has {size_bytes} bytes: that is no manifest")
+    try:
+        return Manifest.from_json(path.read_bytes())
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error

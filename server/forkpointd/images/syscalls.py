@@ -1,0 +1,76 @@
+"""The few Linux calls that this room makes on descriptors, under names that tests can fail.
+
+Everything else imports this module and calls through it (`syscalls.pwrite(...)`), so that "the
+Nth call fails" is one attribute replaced. Calls that Python's `os` doesn't have go through libc.
+Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+from pathlib import Path
+
+PAGE_BYTES = 4096
+"""Firecracker's dirty pages, on x86_64 and on its aarch64 kernels."""
+
+copy_file_range = os.copy_file_range
+preadv = os.preadv
+pwrite = os.pwrite
+sendfile = os.sendfile
+lseek = os.lseek
+ftruncate = os.ftruncate
+fsync = os.fsync
+
+_FICLONE = 0x40049409
+"""_IOW(0x94, 9, int): include/uapi/linux/fs.h."""
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+
+_FILESYSTEM_NAMES = {
+    0x01021994: "tmpfs",
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x794C7630: "overlay",
+    0x2FC12FC1: "zfs",
+    0xF2F52010: "f2fs",
+    0x6969: "nfs",
+    0x65735546: "fuse",
+    0x858458F6: "ramfs",
+    0x958458F6: "hugetlbfs",
+}
+"""include/uapi/linux/magic.h. ext2, ext3 and ext4 share one number."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+
+
+def ficlone(target_fd: int, source_fd: int) -> None:
+    """Makes the target share all blocks of the source (ioctl_ficlonerange(2)).
+
+    Raises OSError EOPNOTSUPP, EINVAL, EXDEV or ENOTTY where the file system can't.
+    """
+    fcntl.ioctl(target_fd, _FICLONE, source_fd)
+
+
+def fallocate(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Gives a file its blocks ahead of time; its size and contents stay. Unlike glibc's
+    posix_fallocate it never writes zeros where the file system can't: it raises EOPNOTSUPP."""
+    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def filesystem_of(path: Path) -> str:
+    """The name of the file system that `path` lies on, for example `tmpfs`; its magic number in
+    hexadecimal where it has no name here. Raises OSError."""
+    # struct statfs begins with f_type as a long on all 64-bit architectures; it has 120 bytes.
+    answer = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), answer) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    magic = ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF
+    return _FILESYSTEM_NAMES.get(magic, f"{magic:#x}")

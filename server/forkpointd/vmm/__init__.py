@@ -26,12 +26,19 @@ from forkpointd.vmm.binary import (
 from forkpointd.vmm.identity import Orphan, end_orphans, find_orphans
 from forkpointd.vmm.latencies import WindowLatencies, trim_metrics
 from forkpointd.vmm.machine import Vmm, VmmInfo
-from forkpointd.vmm.process import Launched, launch
+from forkpointd.vmm.process import (
+    CONSOLE_INPUT_NAME,
+    CONSOLE_OUTPUT_NAME,
+    Launched,
+    launch,
+)
 from forkpointd.vmm.requests import boot_requests, link_drives, load_requests
 from forkpointd.vmm.window import MAX_WINDOW_BYTES, Window, WindowOutcome
-from forkpointd.vmm.words import read_last_words, trim_log
+from forkpointd.vmm.words import read_last_words, trim_head, trim_log
 
 __all__ = [
+    "CONSOLE_INPUT_NAME",
+    "CONSOLE_OUTPUT_NAME",
     "MAX_WINDOW_BYTES",
     "SUPPORTED_VERSIONS",
     "ApiConnection",
@@ -59,6 +66,7 @@ __all__ = [
     "read_last_words",
     "simulator_binary",
     "snapshot_version",
+    "trim_head",
     "trim_log",
     "trim_metrics",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from forkpointd.vmm.holes import punch_head
+from forkpointd.vmm.holes import BLOCK_BYTES, punch_head
 
 LOG_NAME = "vmm.log"
 ERROR_NAME = "vmm.err"
@@ -39,13 +39,16 @@ def trim_log(folder: Path) -> None:
 
 
 def trim_head(path: Path, keep_bytes: int) -> None:
-    """Makes a hole of all but the last `keep_bytes` of a file; nothing where there is no file."""
+    """Makes a hole of all but the last `keep_bytes` of a file (to the block); nothing where there
+    is no file, or nothing to be given back. Blocks on the disk."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        punch_head(fd, os.fstat(fd).st_size - keep_bytes)
+        keep_from = os.fstat(fd).st_size - keep_bytes
+        if keep_from >= BLOCK_BYTES and os.lseek(fd, 0, os.SEEK_DATA) <= keep_from - BLOCK_BYTES:
+            punch_head(fd, keep_from)
     finally:
         os.close(fd)
 

@@ -17,6 +17,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,43 +59,35 @@ def convert(text: str, name: str) -> str:
     return HEADER.format(source=f"{SOURCE}/{name}") + text
 
 
-def _ruff(text: str, name: str) -> str:
-    """The text without imports that the twin doesn't need, sorted and formatted."""
-    ruff = [sys.executable, "-m", "ruff"]
-    place = ["--stdin-filename", str(ROOT / TARGET / name), "--quiet", "-"]
-    for command in (["check", "--select", "F401,I", "--fix-only"], ["format"]):
-        done = subprocess.run(
-            [*ruff, *command, *place], input=text, capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"ruff refused {name}:\n{done.stderr}")
-        text = done.stdout
-    return text
-
-
 def wanted() -> dict[str, str]:
-    """The twin's files by name, as they should be."""
+    """The twin's files by name, as they should be: without needless imports, formatted."""
     files = sorted((ROOT / SOURCE).glob("*.py"))
     if not files:
         raise SystemExit(f"no file in {ROOT / SOURCE}")
-    twin = {f.name: _ruff(convert(f.read_text("utf-8"), f.name), f.name) for f in files}
+    twin = {f.name: convert(f.read_text("utf-8"), f.name) for f in files}
     twin["__init__.py"] = (
         HEADER.format(source=SOURCE) + '"""The sync client: the async one without waiting."""\n'
     )
-    return twin
+    with tempfile.TemporaryDirectory(prefix="forkpoint-unasync-") as scratch:
+        for name, text in twin.items():
+            Path(scratch, name).write_text(text, "utf-8")
+        for command in (["check", "--select", "F401,I", "--fix-only"], ["format"]):
+            ruff = [sys.executable, "-m", "ruff", *command, "--quiet", "--no-cache"]
+            settings = ["--config", str(ROOT / "pyproject.toml")]
+            subprocess.run([*ruff, *settings, scratch], check=True)
+        return {name: Path(scratch, name).read_text("utf-8") for name in twin}
 
 
-def stale() -> list[str]:
+def stale(twin: dict[str, str]) -> list[str]:
     """Names of the files that differ from what the async client says."""
-    twin = wanted()
     present = {f.name: f.read_text("utf-8") for f in (ROOT / TARGET).glob("*.py")}
     return sorted(n for n in twin.keys() | present.keys() if twin.get(n) != present.get(n))
 
 
 def write() -> list[str]:
     """Brings the twin up to date; returns the files that were changed."""
-    names = stale()
     twin = wanted()
+    names = stale(twin)
     (ROOT / TARGET).mkdir(exist_ok=True)
     for name in names:
         if name in twin:
@@ -109,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only look; exit 1 when stale")
     if parser.parse_args().check:
-        names = stale()
+        names = stale(wanted())
         for name in names:
             print(f"{TARGET / name} is stale: run python tools/unasync_client.py", file=sys.stderr)
         return 1 if names else 0

@@ -181,6 +181,7 @@ class Attachment:
         self._worker: seam.Worker | None = None
         self._unread = b""
         self._offset = 0
+        self._input_ended = False
 
     def __repr__(self) -> str:
         return f"<Attachment to the console of {self._first.sandbox_id} at {self._offset}>"
@@ -240,6 +241,8 @@ class Attachment:
 
     def write(self, data: bytes | str) -> None:
         """Hands bytes to the guest, as if typed. They wait while the guest does not read."""
+        if self._input_ended:
+            raise ValueError("you ended the input of this console")
         raw = data.encode() if isinstance(data, str) else data
         for start in range(0, len(raw), _PIECE_BYTES):
             piece = messages.AttachConsoleRequest(input=raw[start : start + _PIECE_BYTES])
@@ -250,6 +253,7 @@ class Attachment:
 
     def end_input(self) -> None:
         """Says that no more input comes. Output goes on."""
+        self._input_ended = True
         self._outbox.close()
 
     def read(self, *, timeout: durations.Duration | None = None) -> bytes:

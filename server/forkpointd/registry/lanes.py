@@ -50,10 +50,12 @@ class Job(Generic[T]):
         """Runs the operation; its failure is its caller's."""
         try:
             self.result = self.operation(connection)
-        except StopIteration as error:  # no future takes one
-            self.error = RuntimeError(f"an operation raised {error!r}")
         except BaseException as error:  # noqa: BLE001  # handed to the caller, by the future
             self.error = error
+            if isinstance(error, StopIteration) or not isinstance(error, Exception):
+                # A future takes no StopIteration, and the others would end the event loop.
+                self.error = RuntimeError(f"an operation raised {error!r}")
+                self.error.__cause__ = error
 
 
 @dataclass(slots=True)
@@ -94,10 +96,10 @@ class Lane:
     async def start(self) -> None:
         """Starts the thread and opens its connection. Raises what `connect` raises; then nothing
         is left open."""
-        self._thread.start()
         try:
+            self._thread.start()
             await asyncio.shield(self._opened)
-        except asyncio.CancelledError:
+        except BaseException:
             await self.close()
             raise
 
@@ -120,9 +122,13 @@ class Lane:
         self._queue.put(job)
         return await job.future
 
+    def refuse(self) -> None:
+        """Takes no more. What was handed over goes on."""
+        self._closed = True
+
     async def close(self) -> None:
         """Takes no more, finishes what was handed over, closes the connection. Idempotent."""
-        self._closed = True
+        self.refuse()
         if not self._thread.ident:
             return
         await self._idle.wait()

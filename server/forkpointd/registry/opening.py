@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from forkpointd.registry.errors import RegistryUnusable
-from forkpointd.registry.schema import migrate
+from forkpointd.registry.schema import check_ours, migrate
 
 OLDEST_SQLITE = (3, 31, 0)
 """The first with generated columns."""
@@ -84,7 +84,8 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Refuses a damaged file; then WAL, and an fsync with every commit."""
+    """Refuses a file that is not ours or damaged; then WAL, and an fsync with every commit."""
+    check_ours(connection)
     found = [row[0] for row in connection.execute("PRAGMA quick_check(5)")]
     if found != ["ok"]:
         raise sqlite3.DatabaseError("; ".join(found))

@@ -67,6 +67,8 @@ class Registry:
 
     async def close(self) -> None:
         """Takes no more calls, finishes those under way, closes the file. Idempotent."""
+        self._reader.refuse()
+        self._writer.refuse()
         # The writer last: the last connection that is closed empties the write-ahead log.
         await self._reader.close()
         await self._writer.close()
@@ -166,6 +168,10 @@ class Registry:
         return await self.read(
             lambda c: snapshots.list_some(c, page_size, after, labels or {}, source_sandbox_id)
         )
+
+    async def snapshot_ids(self) -> frozenset[str]:
+        """Of all snapshots, deleted ones included: whose folders have a row."""
+        return await self.read(snapshots.all_ids)
 
     async def mark_snapshot_deleted(self, snapshot_id: str) -> None:
         """The tombstone: out of the API, its files are there still. Idempotent. Raises

@@ -194,16 +194,10 @@ def migrate(
 ) -> int:
     """Brings the file to this release's schema; returns how many migrations that took.
 
-    Refuses (`RegistryUnusable`) another program's database and a newer release's. A migration that
-    fails leaves the file as the one before it did.
+    Refuses what `check_ours` refuses. A migration that fails leaves the file as the one before it
+    did.
     """
-    version = schema_version(connection)
-    _check_ours(connection, version)
-    if version > len(migrations):
-        raise RegistryUnusable(
-            f"it was written by a newer forkpoint (schema {version}; this release knows "
-            f"{len(migrations)}): run that release, or choose another --data-dir"
-        )
+    version = check_ours(connection, migrations)
     for number in range(version, len(migrations)):
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -219,10 +213,21 @@ def migrate(
     return len(migrations) - version
 
 
-def _check_ours(connection: sqlite3.Connection, version: int) -> None:
+def check_ours(
+    connection: sqlite3.Connection, migrations: Sequence[Sequence[str]] = MIGRATIONS
+) -> int:
+    """Refuses (`RegistryUnusable`) another program's database and a newer release's, having changed
+    nothing; returns how many migrations the file has seen."""
+    version = schema_version(connection)
     application: int = connection.execute("PRAGMA application_id").fetchone()[0]
     empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
     if application != APPLICATION_ID and not (empty and application == 0 and version == 0):
         raise RegistryUnusable(
             "it is a SQLite database of another program: move it away or choose another --data-dir"
         )
+    if version > len(migrations):
+        raise RegistryUnusable(
+            f"it was written by a newer forkpoint (schema {version}; this release knows "
+            f"{len(migrations)}): run that release, or choose another --data-dir"
+        )
+    return version

@@ -68,6 +68,11 @@ def list_some(
     return list_page(connection, SNAPSHOTS, page_size, after, filter_)
 
 
+def all_ids(connection: Connection) -> frozenset[str]:
+    """Every snapshot that has a row, deleted ones included."""
+    return frozenset(row[0] for row in connection.execute("SELECT snapshot_id FROM snapshots"))
+
+
 def mark_deleted(connection: Connection, snapshot_id: str) -> None:
     """The tombstone. Idempotent; raises SNAPSHOT_NOT_FOUND where there is no row at all."""
     changed = connection.execute(

@@ -114,6 +114,8 @@ class _Column:
         if not self._codec.scalar:
             return None if value is None and self._optional else to_json(value, self._hint)
         plain = self._codec.encode(value)
+        if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
+            raise CodecError(f"{plain} is beyond 64 bits")
         if isinstance(plain, str) and not plain.isascii():
             # Lone surrogates (of a path that is no UTF-8, in a message) have no place in TEXT.
             return plain.encode("utf-8", "backslashreplace").decode("utf-8")

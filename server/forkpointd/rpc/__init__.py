@@ -6,7 +6,8 @@ comes back, errors included, into messages and statuses. It owns no sandbox and 
 - `listener.py`: the server: health, reflection, channelz, drain; `unix_socket.py`: its address;
 - `handlers.py`: what every call goes through; `drain.py`: the gate that ends them in time;
 - `sandbox_service.py` with `branch_service.py`, `fork_service.py` and `console_service.py` mixed
-  in, `snapshot_service.py`, `server_service.py`, `health_service.py`: a file a service;
+  in, `snapshot_service.py`, `server_service.py`; `health_service.py` and `reflection_service.py`
+  beside them;
 - `validation.py`, `rules.py`, `image_paths.py`: what is refused at the edge;
 - `orders.py` (messages to orders), `convert.py` (model to messages), `scalars.py` (enums, times);
 - `status.py`: reasons to statuses; `pages.py`, `fingerprint.py`: page tokens, repeated requests.

@@ -1,14 +1,14 @@
 """The gate: what calls may still begin, and the end of the streams when the server drains.
 
 Its steps go one way: open, draining (nothing new is made, streams end with SERVER_DRAINING),
-stopping (also the watches of the server's health end).
+stopping (no call begins, and the watches of the server's health end too).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from forkpointd.model import ForkpointError, Reason
 
@@ -23,11 +23,9 @@ class Gate:
         self.draining = asyncio.Event()
         self.stopping = asyncio.Event()
         self._streams: set[asyncio.Timeout] = set()
-
-    @property
-    def open_streams(self) -> int:
-        """How many streams there are."""
-        return len(self._streams)
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def drain(self) -> None:
         """Refuses new work from now on and ends the streams. Idempotent."""
@@ -38,7 +36,8 @@ class Gate:
         self._streams.clear()
 
     def stop(self) -> None:
-        """Drains, and lets the watches of the health go. Idempotent."""
+        """Drains, refuses every call from now on, and lets the watches of the health go.
+        Idempotent."""
         self.drain()
         self.stopping.set()
 
@@ -46,6 +45,24 @@ class Gate:
         """Raises SERVER_DRAINING for a call that makes something."""
         if self.draining.is_set():
             raise _draining()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call at work. SERVER_DRAINING once the server stops."""
+        if self.stopping.is_set():
+            raise _draining()
+        self._calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Returns when no call is at work."""
+        await self._idle.wait()
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[None]:

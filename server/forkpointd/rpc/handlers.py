@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,11 +47,15 @@ class Undecodable:
 
 
 def service_handler(
-    service: ServiceDescriptor, implementation: object, gate: Gate | None
+    service: ServiceDescriptor,
+    implementation: object,
+    gate: Gate | None,
+    *,
+    name: str | None = None,
 ) -> grpc.GenericRpcHandler:
     """All methods of a service. `TypeError` when the implementation lacks one.
 
-    Without a gate a drain doesn't touch them.
+    Without a gate a drain doesn't touch them. `name` is another one to serve it under.
     """
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
@@ -59,7 +63,7 @@ def service_handler(
         if behaviour is None:
             raise TypeError(f"{type(implementation).__name__} lacks {method.full_name}")
         handlers[method.name] = _method_handler(method, behaviour, gate)
-    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+    return grpc.method_handlers_generic_handler(name or service.full_name, handlers)
 
 
 def _method_handler(
@@ -70,23 +74,26 @@ def _method_handler(
 
     async def unary(request: Any, context: Context) -> Any:
         async def work() -> Any:
-            if gate is not None and method.name in MAKING:
-                gate.must_be_open()
-            return await behaviour(_decoded(request), context)
+            with _call(gate):
+                if gate is not None and method.name in MAKING:
+                    gate.must_be_open()
+                return await behaviour(_decoded(request), context)
 
         return await _answer(work(), context, name)
 
     async def unary_stream(request: Any, context: Context) -> None:
         async def work() -> None:
-            async with _stream(gate):
-                await behaviour(_decoded(request), context)
+            with _call(gate):
+                async with _stream(gate):
+                    await behaviour(_decoded(request), context)
 
         await _answer(work(), context, name)
 
     async def stream_stream(_requests: object, context: Context) -> None:
         async def work() -> None:
-            async with _stream(gate):
-                await behaviour(Requests(context), context)
+            with _call(gate):
+                async with _stream(gate):
+                    await behaviour(Requests(context), context)
 
         await _answer(work(), context, name)
 
@@ -103,6 +110,10 @@ def _method_handler(
     return grpc.unary_unary_rpc_method_handler(
         unary, request_deserializer=decode, response_serializer=_encode
     )
+
+
+def _call(gate: Gate | None) -> AbstractContextManager[None]:
+    return nullcontext() if gate is None else gate.call()
 
 
 def _stream(gate: Gate | None) -> AbstractAsyncContextManager[None]:

@@ -1,7 +1,6 @@
 """The server of the edge: its socket, its services, its end.
 
-Beside ours it serves grpc.health.v1, reflection under its two names (clients ask for v1 first, the
-library knows v1alpha; their messages are the same), and channelz.
+Beside ours it serves grpc.health.v1, reflection (v1 and v1alpha), and channelz.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,9 @@ import grpc
 import grpc.aio
 from grpc_channelz.v1 import _async as channelz
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
-from grpc_reflection.v1alpha import _async as reflection
-from grpc_reflection.v1alpha import reflection_pb2
 
 from forkpoint.v1 import sandbox_service_pb2, server_service_pb2, snapshot_service_pb2
-from forkpointd.rpc import health_service
+from forkpointd.rpc import health_service, reflection_service
 from forkpointd.rpc.drain import Gate
 from forkpointd.rpc.handlers import service_handler
 from forkpointd.rpc.health_service import HealthService
@@ -32,6 +30,7 @@ from forkpointd.rpc.ports import (
     ServerPort,
     SnapshotPort,
 )
+from forkpointd.rpc.reflection_service import ReflectionService
 from forkpointd.rpc.rules import Limits
 from forkpointd.rpc.sandbox_service import SandboxService
 from forkpointd.rpc.server_service import ServerService
@@ -44,6 +43,11 @@ MAX_REQUEST_BYTES = 1024 * 1024
 """The largest request we know of is 64 labels: less than 90 KiB."""
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """What clients take by default. Pages end at half of it."""
+
+LINGER_SECONDS = 0.1
+"""gRPC closes a connection together with its last stream, and a client that is just writing loses
+what it has not read by then: the status that tells it to ask again. So the last streams end a
+moment before."""
 
 OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.so_reuseport", 0),
@@ -62,8 +66,6 @@ OPTIONS: Sequence[tuple[str, int]] = (
 SANDBOX_SERVICE = sandbox_service_pb2.DESCRIPTOR.services_by_name["SandboxService"]
 SNAPSHOT_SERVICE = snapshot_service_pb2.DESCRIPTOR.services_by_name["SnapshotService"]
 SERVER_SERVICE = server_service_pb2.DESCRIPTOR.services_by_name["ServerService"]
-REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-REFLECTION_V1ALPHA = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
 CHANNELZ = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
 
 
@@ -117,6 +119,11 @@ class RpcServer:
         self._gate, self._server, self._socket = gate, server, socket
         logger.info("listening at %s", listen)
 
+    @property
+    def serving(self) -> bool:
+        """Whether new work is taken: from the start to the drain."""
+        return self._gate is not None and not self._gate.draining.is_set()
+
     def drain(self) -> None:
         """Health says NOT_SERVING, nothing new is made, streams end with SERVER_DRAINING.
 
@@ -130,7 +137,12 @@ class RpcServer:
         if self._gate is None or self._server is None:
             return
         self._gate.stop()
-        await self._server.stop(grace_seconds)
+        deadline = asyncio.get_running_loop().time() + grace_seconds
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline - LINGER_SECONDS):
+                await self._gate.idle()
+                await asyncio.sleep(LINGER_SECONDS)
+        await self._server.stop(max(0, deadline - asyncio.get_running_loop().time()))
         if self._socket is not None:
             await asyncio.to_thread(self._socket.release)
             self._socket = None
@@ -149,29 +161,16 @@ class RpcServer:
             SERVER_SERVICE: ServerService(server=self._ports.server),
         }
         ours = [service.full_name for service in implementations]
-        health = HealthService(ours, gate)
+        listed = [*ours, health_service.SERVICE.full_name, CHANNELZ, reflection_service.V1ALPHA]
+        reflection = ReflectionService(listed)
         server.add_generic_rpc_handlers(
             [
                 *(service_handler(each, it, gate) for each, it in implementations.items()),
-                service_handler(health_service.SERVICE, health, None),
+                service_handler(health_service.SERVICE, HealthService(ours, gate), None),
+                *(
+                    service_handler(reflection_service.SERVICE, reflection, gate, name=name)
+                    for name in (reflection_service.V1, reflection_service.V1ALPHA)
+                ),
             ]
         )
         channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.ChannelzServicer(), server)
-        listed = [*ours, health_service.SERVICE.full_name, CHANNELZ, REFLECTION_V1ALPHA]
-        _add_reflection(server, listed)
-
-
-def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
-    servicer = reflection.ReflectionServicer(services)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    methods = {"ServerReflectionInfo": handler}
-    server.add_generic_rpc_handlers(
-        [
-            grpc.method_handlers_generic_handler(name, methods)
-            for name in (REFLECTION_V1, REFLECTION_V1ALPHA)
-        ]
-    )

@@ -3,6 +3,9 @@
 The servicers know these protocols only, so they can be read, and tested, without a VMM. Every
 method raises `ForkpointError` for what a client is meant to see; anything else is a fault of the
 server. All arguments were checked at the edge already (ids, sizes, paths).
+
+An iterator that the edge leaves before its end (the client is gone, the server drains) is closed by
+its `aclose`, if it has one; there it gives free what it holds.
 """
 
 from __future__ import annotations

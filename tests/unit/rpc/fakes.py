@@ -93,29 +93,38 @@ class FakeSandboxes(Scripted):
 
 
 class Feed:
-    """States that a test hands out, one by one, to whoever watches."""
+    """States that a test hands out: every watcher gets all of them, late ones too."""
 
     def __init__(self) -> None:
-        self.queue: asyncio.Queue[object] = asyncio.Queue()
-        self.watchers = 0
+        self._states: list[object] = []
+        self._queues: list[asyncio.Queue[object]] = []
         self.left = asyncio.Event()
         self.after_sequence: int | None = None
 
+    @property
+    def watchers(self) -> int:
+        return len(self._queues)
+
     def send(self, *states: object) -> None:
-        for state in states:
-            self.queue.put_nowait(state)
+        self._states.extend(states)
+        for queue in self._queues:
+            for state in states:
+                queue.put_nowait(state)
 
     def end(self) -> None:
-        self.queue.put_nowait(None)
+        self.send(None)
 
     async def watch(self, after_sequence: int) -> AsyncIterator[object]:
         self.after_sequence = after_sequence
-        self.watchers += 1
+        queue: asyncio.Queue[object] = asyncio.Queue()
+        for state in self._states:
+            queue.put_nowait(state)
+        self._queues.append(queue)
         try:
-            while (state := await self.queue.get()) is not None:
+            while (state := await queue.get()) is not None:
                 yield state
         finally:
-            self.watchers -= 1
+            self._queues.remove(queue)
             self.left.set()
 
 
@@ -242,6 +251,7 @@ class FakeWriter:
         self._console = console
 
     async def write(self, data: bytes) -> None:
+        self._console.writes_begun += 1
         self._console.waiting.set()
         await self._console.reads.wait()
         if self._console.write_fails is not None:
@@ -270,6 +280,7 @@ class FakeConsoles(Scripted):
         self.readers = 0
         self.input: list[bytes] = []
         self.got_input = asyncio.Event()
+        self.writes_begun = 0
         self.waiting = asyncio.Event()
         self.reads = asyncio.Event()
         self.reads.set()

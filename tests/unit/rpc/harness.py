@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from forkpoint.v1 import (
     server_service_pb2_grpc,
     snapshot_service_pb2_grpc,
 )
+from forkpoint.v1 import server_service_pb2 as ipb
 from forkpointd.model import Problem
 from forkpointd.rpc import status
 from forkpointd.rpc.listener import RpcServer
@@ -46,11 +49,35 @@ def make_server(rooms: Rooms, image_root: Path) -> RpcServer:
     )
 
 
+@asynccontextmanager
+async def serving(path: Path) -> AsyncIterator[RpcServer]:
+    server = make_server(Rooms(), path.parent)
+    await server.start(f"unix:{path}")
+    try:
+        yield server
+    finally:
+        await server.stop(0)
+
+
+async def version_at(address: str) -> str:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = server_service_pb2_grpc.ServerServiceStub(channel)
+        answer = await stub.GetServerInfo(ipb.GetServerInfoRequest(), timeout=10)
+        return answer.version
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Waits for a state that only the fakes show."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
 async def refused(call: Any) -> tuple[grpc.StatusCode, Problem]:
     """How a call fails: its code, and what its details say."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
+        if hasattr(call, "read"):
+            while await call.read() is not grpc.aio.EOF:
                 pass
         else:
             await call

@@ -1,0 +1,37 @@
+"""Reflection: clients such as grpcurl learn the contract from the server.
+
+Served under two names. Clients ask for v1 first; the library has v1alpha, whose messages are the
+same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from grpc_reflection.v1alpha import _async as reflection
+from grpc_reflection.v1alpha import reflection_pb2 as pb
+
+from forkpointd.rpc.handlers import Context, Requests
+
+SERVICE: Any = pb.DESCRIPTOR.services_by_name["ServerReflection"]
+V1 = "grpc.reflection.v1.ServerReflection"
+V1ALPHA: str = SERVICE.full_name
+
+
+class ReflectionService:
+    """The library's answers, written as ours are, so that a drain ends these streams too."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._library = reflection.ReflectionServicer(services)
+
+    async def ServerReflectionInfo(self, requests: Requests, context: Context) -> None:
+        """Files and symbols, one answer a question, until the client closes its half."""
+
+        async def questions() -> AsyncIterator[pb.ServerReflectionRequest]:
+            while (request := await requests.next()) is not None:
+                yield request
+
+        answers: Any = self._library.ServerReflectionInfo(questions(), context)
+        async for answer in answers:
+            await context.write(answer)

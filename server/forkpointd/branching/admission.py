@@ -1,0 +1,192 @@
+"""Admission: which mode a branch uses, what is refused, and the room that is reserved for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forkpointd.branching.prediction import PausePredictor
+from forkpointd.images import NoRoom, Reservation, Room, StagingRoom
+from forkpointd.model import (
+    BranchMode,
+    DirtyBaseState,
+    ForkpointError,
+    Reason,
+    Sandbox,
+    StagingKind,
+)
+
+ROOM_RETRY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a branch will be taken."""
+
+    mode: BranchMode
+    reason: str
+    """Why AUTO chose the mode; empty where it was asked for."""
+    predicted_us: int
+
+
+@dataclass(slots=True)
+class Holding:
+    """The room that one branch has reserved: given back by `release`, whatever happens."""
+
+    staging: StagingKind
+    image: Reservation | None
+    staged: Reservation | None
+    """None after a restart: the bytes are on the disks already."""
+
+    def release(self) -> None:
+        """Gives the room back. Idempotent."""
+        for reservation in (self.image, self.staged):
+            if reservation is not None:
+                reservation.release()
+
+
+class Admission:
+    """Decides on branches before they touch anything."""
+
+    def __init__(
+        self,
+        *,
+        predictor: PausePredictor,
+        image_room: Room,
+        staging_room: StagingRoom,
+        auto_full_max_pause_us: int,
+    ) -> None:
+        self._predictor = predictor
+        self._image_room = image_room
+        self._staging_room = staging_room
+        self._auto_full_max_pause_us = auto_full_max_pause_us
+
+    def reserve(self, row: Sandbox, mode: BranchMode) -> Holding:
+        """Room for one branch: the memory's size on the image disk, and staging (DESIGN 4.1).
+
+        Raises NO_DISK_SPACE or NO_STAGING_SPACE with the figures.
+        """
+        memory_bytes = row.machine.memory_bytes
+        image = self.reserve_image(row)
+        try:
+            kind, staged = self._staging_room.choose(
+                memory_bytes,
+                expected_bytes=row.last_diff_bytes,
+                full=mode is BranchMode.FULL,
+                what=f"window of a branch of {row.sandbox_id}",
+            )
+        except NoRoom as error:
+            image.release()
+            raise no_room(Reason.NO_STAGING_SPACE, error) from error
+        return Holding(kind, image, staged)
+
+    def reserve_image(self, row: Sandbox) -> Reservation:
+        """Room for one image of a source's memory, or NO_DISK_SPACE."""
+        try:
+            return self._image_room.reserve(
+                row.machine.memory_bytes, f"an image of sandbox {row.sandbox_id}"
+            )
+        except NoRoom as error:
+            raise no_room(Reason.NO_DISK_SPACE, error) from error
+
+    def decide(
+        self,
+        row: Sandbox,
+        requested: BranchMode,
+        max_pause_us: int | None,
+        staging: StagingKind,
+        expected_diff_bytes: int,
+    ) -> Plan:
+        """The mode for a source as it is now. Raises DIRTY_BASE_INVALID or PAUSE_TOO_LONG."""
+        base = row.dirty_base
+        full_us = self._predictor.predict_us(BranchMode.FULL, staging, row.machine.memory_bytes)
+        diff_us = self._predictor.predict_us(BranchMode.DIFF, staging, expected_diff_bytes)
+        valid = base.state is DirtyBaseState.VALID
+        if requested is BranchMode.DIFF:
+            if not valid:
+                raise _invalid_base(row)
+            plan = Plan(BranchMode.DIFF, "", diff_us)
+        elif requested is BranchMode.FULL:
+            plan = Plan(BranchMode.FULL, "", full_us)
+        elif valid:
+            plan = Plan(BranchMode.DIFF, "the source's dirty base is valid", diff_us)
+        else:
+            plan = Plan(
+                BranchMode.FULL,
+                f"the source's dirty base is {base.state.lower()}: {base.invalid_reason}",
+                full_us,
+            )
+            limit = self._auto_full_max_pause_us if max_pause_us is None else max_pause_us
+            if full_us > limit:
+                raise _too_long(row, full_us, limit, base.invalid_reason)
+        if max_pause_us is not None and plan.predicted_us > max_pause_us:
+            raise _too_long(row, plan.predicted_us, max_pause_us, "")
+        return plan
+
+
+def expected_diff_bytes(row: Sandbox, smaps_rollup: Callable[[int], int]) -> int:
+    """What the next window of a source will write, as far as one can tell: what its last one did;
+    before the first, all that its process has touched (an upper bound)."""
+    if row.last_diff_bytes is not None:
+        return row.last_diff_bytes
+    if row.process is None:
+        return row.machine.memory_bytes
+    return min(row.machine.memory_bytes, smaps_rollup(row.process.pid))
+
+
+def private_bytes(pid: int) -> int:
+    """Private dirty memory of a process, by /proc/PID/smaps_rollup. Walks its page tables: not on
+    the event loop. A process that is gone has none."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    for line in text.splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def no_room(reason: Reason, error: NoRoom) -> ForkpointError:
+    """The refusal for room that isn't there."""
+    return ForkpointError(
+        reason,
+        f"{error}. Delete snapshots that nobody needs, or give the server a larger disk",
+        metadata={
+            "needed_bytes": str(error.needed_bytes),
+            "free_bytes": str(error.free_bytes),
+            "reserved_bytes": str(error.reserved_bytes),
+            "path": str(error.path),
+        },
+        retry_after_seconds=ROOM_RETRY_SECONDS,
+    )
+
+
+def _invalid_base(row: Sandbox) -> ForkpointError:
+    base = row.dirty_base
+    return ForkpointError(
+        Reason.DIRTY_BASE_INVALID,
+        f"sandbox {row.sandbox_id} has no valid dirty base ({base.invalid_reason or base.state}), "
+        "so a DIFF has nothing to stand on: branch it with mode FULL once",
+        metadata={"sandbox_id": row.sandbox_id, "dirty_base": str(base.state)},
+    )
+
+
+def _too_long(row: Sandbox, predicted_us: int, limit_us: int, why_full: str) -> ForkpointError:
+    because = f" (FULL, since {why_full})" if why_full else ""
+    return ForkpointError(
+        Reason.PAUSE_TOO_LONG,
+        f"the pause window of sandbox {row.sandbox_id} would take about {predicted_us / 1000:.0f} "
+        f"ms{because}, more than {limit_us / 1000:.0f} ms. "
+        + (
+            "Ask with mode: FULL to accept it"
+            if why_full
+            else "Ask with a larger max_pause, or none, to accept it"
+        ),
+        metadata={
+            "sandbox_id": row.sandbox_id,
+            "predicted_pause_ms": f"{predicted_us / 1000:.1f}",
+            "max_pause_ms": f"{limit_us / 1000:.1f}",
+        },
+    )

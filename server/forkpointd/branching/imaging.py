@@ -1,0 +1,194 @@
+"""The files of a snapshot that is being made: pre-copy, merge, finalise.
+
+Copies run in threads of their own, a bounded number at once in the whole server. A cancelled wait
+for one tells the thread to stop and returns once it has left, so no thread writes into a folder
+that is being removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from forkpointd.images import (
+    CopyResult,
+    Draft,
+    Reservation,
+    SnapshotStore,
+    copy_image,
+    copy_whole,
+    load_extents,
+    make_empty_image,
+    merge_diff,
+    total_bytes,
+)
+from forkpointd.model import DirtyBase, StagingKind
+
+T = TypeVar("T")
+
+PROGRESS_SECONDS = 0.1
+"""How often a copy's progress is published."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """Bytes done, written by the copying thread and read by the loop."""
+
+    reservation: Reservation | None = None
+    """Room that the bytes take up as they land, so that it isn't counted twice."""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+    def add(self, count: int) -> None:
+        """Counts bytes that have landed."""
+        self.done_bytes += count
+        if self.reservation is not None:
+            self.reservation.consume(count)
+
+
+class CopyWorkers:
+    """Threads for copies: so many at once, the others wait in order."""
+
+    def __init__(self, executor: Executor, at_once: int) -> None:
+        self._executor = executor
+        self._slots = asyncio.Semaphore(at_once)
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """A turn to copy."""
+        async with self._slots:
+            yield
+
+    async def run(self, work: Callable[[Callable[[], bool]], T]) -> T:
+        """Runs `work(should_stop)` in a thread. Cancelling tells it to stop, and waits for it."""
+        stop = threading.Event()
+        future = asyncio.get_running_loop().run_in_executor(self._executor, work, stop.is_set)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            stop.set()
+            await asyncio.wait([future])
+            raise
+
+
+def _no_gate() -> None:
+    """Copies hold still for nobody yet."""
+
+
+def make_base_image(
+    store: SnapshotStore,
+    base: DirtyBase,
+    memory_bytes: int,
+    image_path: Path,
+    meter: Meter,
+    should_stop: Callable[[], bool],
+) -> CopyResult | None:
+    """Writes the memory that `base` stands for to `image_path`: its snapshot's image, or zeros,
+    with its unmerged diffs laid over it in order. Returns how the image was copied (None: zeros).
+    """
+    diffs = [(diff, load_extents(diff.extents_path)) for diff in base.unmerged]
+    meter.total_bytes = sum(total_bytes(loaded.extents) for _, loaded in diffs)
+    result = None
+    if base.snapshot_id is None:
+        make_empty_image(image_path, memory_bytes)
+    else:
+        source = store.open(base.snapshot_id).memory_path
+
+        def sized(count: int) -> None:
+            meter.total_bytes += count
+
+        result = copy_image(
+            source,
+            image_path,
+            memory_bytes,
+            progress=meter.add,
+            should_stop=should_stop,
+            gate=_no_gate,
+            on_total=sized,
+        )
+    for diff, loaded in diffs:
+        merge_diff(
+            diff.memory_path,
+            loaded.extents,
+            image_path,
+            progress=meter.add,
+            should_stop=should_stop,
+            gate=_no_gate,
+        )
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The files of one window in a staging folder."""
+
+    kind: StagingKind
+    memory_path: Path
+    vmstate_path: Path
+    extents_path: Path
+
+    def remove(self) -> None:
+        """Unlinks them: only after the window's last reply."""
+        for path in (self.memory_path, self.vmstate_path, self.extents_path):
+            path.unlink(missing_ok=True)
+
+    def remove_vmstate(self) -> None:
+        """What a diff that is kept for later doesn't need."""
+        self.vmstate_path.unlink(missing_ok=True)
+
+
+def merge_staged_diff(
+    staged: Staged, draft: Draft, meter: Meter, should_stop: Callable[[], bool]
+) -> None:
+    """Lays the window's diff over the pre-copied image; copies the vmstate beside it."""
+    loaded = load_extents(staged.extents_path)
+    meter.total_bytes = total_bytes(loaded.extents)
+    _copy_vmstate(staged, draft, should_stop)
+    merge_diff(
+        staged.memory_path,
+        loaded.extents,
+        draft.memory_path,
+        progress=meter.add,
+        should_stop=should_stop,
+        gate=_no_gate,
+    )
+
+
+def place_staged_full(
+    staged: Staged, draft: Draft, meter: Meter, should_stop: Callable[[], bool]
+) -> None:
+    """Brings a FULL window's file to its place. Staged on the same disk it is hard-linked: the
+    staged name stays until the snapshot is READY, so a failure in between loses nothing."""
+    meter.total_bytes = staged.memory_path.stat().st_size
+    _copy_vmstate(staged, draft, should_stop)
+    if staged.kind is StagingKind.DISK:
+        draft.memory_path.unlink(missing_ok=True)
+        os.link(staged.memory_path, draft.memory_path)
+        meter.add(meter.total_bytes)
+        return
+    copy_whole(
+        staged.memory_path,
+        draft.memory_path,
+        progress=meter.add,
+        should_stop=should_stop,
+        gate=_no_gate,
+    )
+    meter.done_bytes = meter.total_bytes
+
+
+def _copy_vmstate(staged: Staged, draft: Draft, should_stop: Callable[[], bool]) -> None:
+    draft.vmstate_path.unlink(missing_ok=True)
+    copy_whole(
+        staged.vmstate_path,
+        draft.vmstate_path,
+        progress=lambda _: None,
+        should_stop=should_stop,
+        gate=_no_gate,
+    )

@@ -1,0 +1,306 @@
+"""All branches of this server: admitted, followed, listed, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from forkpointd.branching.admission import Holding
+from forkpointd.branching.life import BranchLife, Workshop
+from forkpointd.branching.recovery import Recovered, examine
+from forkpointd.branching.unmerged import merge_kept_diffs
+from forkpointd.images import StagingArea
+from forkpointd.model import (
+    Branch,
+    BranchMode,
+    BranchOrder,
+    BranchStage,
+    BranchView,
+    DirtyBaseState,
+    ForkpointError,
+    Layout,
+    Page,
+    Reason,
+    Snapshot,
+    StageEntry,
+    StagingKind,
+    now,
+)
+from forkpointd.registry import RequestSeen
+from forkpointd.sandboxes.feed import Feed
+from forkpointd.sandboxes.forks import new_fork
+from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.service import new_id
+
+log = logging.getLogger(__name__)
+
+QUEUE_RETRY_SECONDS = 2.0
+KEPT_DIFF_SECONDS = 5.0
+"""How often it is looked whether a kept diff can be merged."""
+
+
+class Branches:
+    """The branches of this server."""
+
+    def __init__(self, shop: Workshop, *, max_queued_branches: int) -> None:
+        self._shop = shop
+        self._max_queued_branches = max_queued_branches
+        self._lives: dict[str, BranchLife] = {}
+        self._feeds: dict[str, Feed[BranchView]] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+        shop.sandboxes.before_delete.append(self._source_is_deleted)
+
+    # --- looking ---
+
+    async def get(self, branch_id: str) -> BranchView:
+        """The branch as of now."""
+        feed = self._feeds.get(branch_id)
+        if feed is not None:
+            return feed.latest
+        branch = await self._shop.registry.get_branch(branch_id)
+        if branch is None:
+            raise ForkpointError(
+                Reason.BRANCH_NOT_FOUND,
+                f"there is no branch {branch_id}; `forkpoint branch list` shows those there are",
+                metadata={"branch_id": branch_id},
+            )
+        return await self._stored_view(branch)
+
+    async def _stored_view(self, branch: Branch) -> BranchView:
+        registry = self._shop.registry
+        feed = self._feeds.get(branch.branch_id)
+        if feed is not None:
+            return feed.latest
+        return BranchView(
+            branch,
+            await registry.get_snapshot(branch.snapshot_id, include_deleted=True),
+            None if branch.fork_id is None else await registry.get_fork(branch.fork_id),
+        )
+
+    async def list(
+        self,
+        *,
+        page_size: int,
+        after: tuple[datetime, str] | None,
+        sandbox_id: str | None,
+        stages: frozenset[BranchStage],
+    ) -> Page[BranchView]:
+        """A page, in order of admission."""
+        page = await self._shop.registry.list_branches(
+            page_size=page_size, after=after, sandbox_id=sandbox_id, stages=stages
+        )
+        views = [await self._stored_view(branch) for branch in page.items]
+        return Page(tuple(views), page.next_position)
+
+    async def watch(self, branch_id: str, after_sequence: int) -> AsyncIterator[BranchView]:
+        """The branch as of now (unless its sequence is `after_sequence`), then each change."""
+        feed = self._feeds.get(branch_id) or Feed(await self.get(branch_id), ended=True)
+        skip = feed.latest.branch.sequence == after_sequence
+        async for view in feed.watch(skip_first=skip):
+            yield view
+
+    # --- starting ---
+
+    async def start(self, order: BranchOrder) -> Branch:
+        """Admits a branch, or finds the one that this request_id made."""
+        if order.request is not None:
+            remembered = await self._shop.registry.find_request(order.request.request_id)
+            if remembered is not None:
+                order.request.check(remembered)
+                return (await self.get(remembered.resource_id)).branch
+        return await self._shop.tasks.run(self._admit(order), f"admit {order.sandbox_id}")
+
+    async def _admit(self, order: BranchOrder) -> Branch:
+        live = self._shop.sandboxes.find(order.sandbox_id)
+        live.require_callable()
+        waiting = self._waiting_on(order.sandbox_id)
+        if waiting > self._max_queued_branches:
+            raise ForkpointError(
+                Reason.BRANCH_QUEUE_FULL,
+                f"{waiting} branches of sandbox {order.sandbox_id} are at work or wait, more than "
+                f"the server's limit of {self._max_queued_branches} that wait: retry when one has "
+                "ended",
+                metadata={"sandbox_id": order.sandbox_id, "waiting": str(waiting)},
+                retry_after_seconds=QUEUE_RETRY_SECONDS,
+            )
+        mode = self._expected_mode(live, order.mode, waiting)
+        holding = self._shop.admission.reserve(live.row, mode)
+        try:
+            if not waiting:
+                expected = live.row.last_diff_bytes or 0
+                self._shop.admission.decide(
+                    live.row, order.mode, order.max_pause_us, holding.staging, expected
+                )
+            branch = self._new_branch(order)
+            fork = None
+            if order.fork is not None:
+                fork = new_fork(order.fork, branch.snapshot_id, branch_id=branch.branch_id)
+                branch = replace(branch, fork_id=fork.fork_id)
+            await self._shop.registry.insert_branch(branch, fork, order.request)
+        except RequestSeen as seen:
+            holding.release()
+            return (await self.get(seen.remembered.resource_id)).branch
+        except BaseException:
+            holding.release()
+            raise
+        if fork is not None:
+            self._shop.forks.show(fork)
+        feed = Feed(BranchView(branch, None, fork))
+        turn = self._turns.setdefault(order.sandbox_id, asyncio.Lock())
+        life = BranchLife(self._shop, branch, live, holding, turn, feed)
+        life.begin()
+        self._follow(life, life.run())
+        return branch
+
+    def _follow(self, life: BranchLife, work: Coroutine[Any, Any, None]) -> None:
+        branch_id = life.branch.branch_id
+        self._feeds[branch_id] = life.feed
+        self._lives[branch_id] = life
+        task = self._shop.tasks.start_unwatched(work, f"branch {branch_id}")
+        task.add_done_callback(lambda _: self._forget(branch_id))
+
+    def _forget(self, branch_id: str) -> None:
+        life = self._lives.pop(branch_id)
+        self._feeds.pop(branch_id, None)
+        source = life.branch.sandbox_id
+        if not any(other.branch.sandbox_id == source for other in self._lives.values()):
+            self._turns.pop(source, None)
+
+    def _waiting_on(self, sandbox_id: str) -> int:
+        """Branches that have or await this source's turn."""
+        return sum(
+            life.branch.sandbox_id == sandbox_id and not life.past_queue.is_set()
+            for life in self._lives.values()
+        )
+
+    def _expected_mode(self, live: LiveSandbox, requested: BranchMode, waiting: int) -> BranchMode:
+        """What the mode will be, for the room to reserve; decided at the branch's turn."""
+        if requested is not BranchMode.AUTO:
+            return requested
+        valid = waiting or live.row.dirty_base.state is DirtyBaseState.VALID
+        return BranchMode.DIFF if valid else BranchMode.FULL
+
+    def _new_branch(self, order: BranchOrder) -> Branch:
+        at = now()
+        return Branch(
+            branch_id=order.branch_id or new_id("br"),
+            sandbox_id=order.sandbox_id,
+            snapshot_id=order.snapshot_id or new_id("snap"),
+            sequence=1,
+            stage=BranchStage.QUEUED,
+            stages=(StageEntry(BranchStage.QUEUED, at),),
+            requested_mode=order.mode,
+            requested_layout=order.layout,
+            layout=Layout.FLAT,
+            create_time=at,
+            snapshot_labels=dict(order.labels),
+            max_pause_us=order.max_pause_us,
+        )
+
+    # --- after a restart ---
+
+    async def recover(self, areas: dict[StagingKind, StagingArea]) -> Recovered:
+        """Fails, durably, what can't be finished, and goes on with what can."""
+        recovered = await examine(self._shop, areas)
+        for work in recovered.to_merge:
+            life = await self._restarted(work.branch, None)
+            self._follow(life, life.run_from_merge(work.base, work.staged, work.draft))
+        for branch in recovered.to_fork:
+            snapshot = await self._shop.registry.get_snapshot(
+                branch.snapshot_id, include_deleted=True
+            )
+            life = await self._restarted(branch, snapshot)
+            fork = life.feed.latest.fork
+            assert snapshot is not None and fork is not None, "they are committed with FORKING"
+            self._follow(life, life.run_from_forking(snapshot, fork))
+        return recovered
+
+    async def _restarted(self, branch: Branch, snapshot: Snapshot | None) -> BranchLife:
+        fork = None
+        if branch.fork_id is not None:
+            fork = await self._shop.registry.get_fork(branch.fork_id)
+            if fork is not None and branch.stage is not BranchStage.FORKING:
+                self._shop.forks.show(fork)
+        live = self._shop.sandboxes.live.get(branch.sandbox_id)
+        return BranchLife(
+            self._shop,
+            branch,
+            live,
+            Holding(branch.staging or StagingKind.DISK, None, None),
+            self._turns.setdefault(branch.sandbox_id, asyncio.Lock()),
+            Feed(BranchView(branch, snapshot, fork)),
+        )
+
+    # --- ending ---
+
+    async def cancel(self, branch_id: str) -> BranchView:
+        """Stops a branch before its window; returns it ended."""
+        life = self._lives.get(branch_id)
+        if life is None or not life.cancellable:
+            view = await self.get(branch_id)
+            if view.branch.stage is BranchStage.CANCELLED:
+                return view
+            raise ForkpointError(
+                Reason.BRANCH_NOT_CANCELLABLE,
+                f"branch {branch_id} is {view.branch.stage} and can't be cancelled any more: "
+                f"delete its snapshot {view.branch.snapshot_id} instead",
+                metadata={"branch_id": branch_id, "stage": str(view.branch.stage)},
+            )
+        life.stop(
+            ForkpointError(
+                Reason.BRANCH_CANCELLED,
+                f"branch {branch_id} was cancelled before its pause window",
+                metadata={"branch_id": branch_id},
+            )
+        )
+        async for view in life.feed.watch(skip_first=True):
+            if view.branch.stage.ended:
+                return view
+        return life.feed.latest
+
+    async def _source_is_deleted(self, sandbox_id: str) -> None:
+        """Ends the branches of a source that is being deleted, as far as they can be."""
+        for life in list(self._lives.values()):
+            if life.branch.sandbox_id == sandbox_id and life.cancellable:
+                life.stop(
+                    ForkpointError(
+                        Reason.SANDBOX_DELETED,
+                        f"sandbox {sandbox_id} was deleted before the branch's pause window",
+                        metadata={"sandbox_id": sandbox_id},
+                    )
+                )
+                await life.past_queue.wait()
+
+    async def branch_and_wait(self, sandbox_id: str) -> bool:
+        """Branches a sandbox (mode AUTO) and waits; whether the snapshot is READY."""
+        branch = await self.start(BranchOrder(sandbox_id))
+        stage = branch.stage
+        async for view in self.watch(branch.branch_id, 0):
+            stage = view.branch.stage
+        return stage is BranchStage.READY
+
+    async def merge_kept_diffs(self) -> None:
+        """Merges, for good and as room returns, diffs that could not be merged when taken."""
+        while True:
+            await asyncio.sleep(KEPT_DIFF_SECONDS)
+            for live in list(self._shop.sandboxes.live.values()):
+                turn = self._turns.get(live.sandbox_id)
+                if not live.row.dirty_base.unmerged or (turn is not None and turn.locked()):
+                    continue
+                async with self._turns.setdefault(live.sandbox_id, asyncio.Lock()):
+                    try:
+                        await merge_kept_diffs(self._shop, live)
+                    except (ForkpointError, OSError) as error:
+                        log.info("kept diffs of %s stay: %s", live.sandbox_id, error)
+
+    async def drain(self, seconds: float) -> int:
+        """Waits for branches at work; returns how many are left for the next start."""
+        return await self._shop.tasks.wait(seconds)
+
+    async def close(self) -> None:
+        """Stops all work. What was past its window is finished by the next start."""
+        await self._shop.tasks.cancel()

@@ -1,0 +1,144 @@
+"""The settings of the server: one typed object from a file, the environment and flags.
+
+Precedence: flags, then `FORKPOINT_*` environment variables, then the TOML file named by `--config`
+(or `FORKPOINT_CONFIG`), then the defaults below. An unknown key or a wrong value is refused with
+its name, so that a typing error never silently means a default.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from forkpointd.model import MIB
+
+
+def default_listen() -> str:
+    """`unix:` and the socket where the client looks when it is told nothing."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return f"unix:{runtime}/forkpoint/forkpoint.sock"
+    if os.geteuid() == 0:
+        return "unix:/run/forkpoint/forkpoint.sock"
+    return f"unix:{tempfile.gettempdir()}/forkpoint-{os.geteuid()}/forkpoint.sock"
+
+
+def default_data_dir() -> Path:
+    """Where sandboxes and snapshots live when nothing else is said."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/forkpoint")
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(home) / "forkpoint"
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+class Settings(BaseSettings):
+    """Every setting of forkpointd."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FORKPOINT_", extra="forbid", frozen=True, validate_default=True
+    )
+
+    data_dir: AbsolutePath = Field(default_factory=default_data_dir)
+    """Registry, sandbox folders, snapshots."""
+    listen: str = Field(default_factory=default_listen)
+    """`unix:PATH`."""
+    image_roots: Annotated[tuple[AbsolutePath, ...], NoDecode] = ()
+    """Folders in which kernels, initrds and drives may lie; in the environment separated by `:`."""
+
+    vmm: Literal["auto", "firecracker", "simulator"] = "auto"
+    """`auto` is Firecracker where /dev/kvm can be used, else the simulator."""
+    firecracker: AbsolutePath | None = None
+    """The Firecracker to run (FORKPOINT_FIRECRACKER); None: found on PATH or in the cache."""
+    strict_host: bool = False
+    """Also refuse snapshots of another kernel or Firecracker release."""
+
+    staging_dir: AbsolutePath = Path("/dev/shm")
+    """A tmpfs in which windows are staged when they fit."""
+    staging_bytes: int | None = Field(default=None, ge=0)
+    """Budget of staging on tmpfs; None: half of the memory of the host."""
+    concurrent_copies: int = Field(default=2, ge=1, le=64)
+    """Pre-copies and merges at once in the whole server."""
+    max_queued_branches: int = Field(default=16, ge=0, le=1000)
+    """Branches that may wait on one source."""
+    max_fork_count: int = Field(default=1000, ge=1, le=10_000)
+    """Children of one fork."""
+    concurrent_starts: int = Field(default=8, ge=1, le=64)
+    """Children that are started at once."""
+
+    window_deadline_seconds: float = Field(default=30.0, gt=0)
+    """After this a branch whose window has no reply is FAILED and its source UNKNOWN; a window that
+    is predicted to be longer has ten times its prediction."""
+    auto_full_max_pause_seconds: float = Field(default=1.0, ge=0)
+    """AUTO takes FULL for an invalid base up to this predicted window."""
+    vmm_call_timeout_seconds: float = Field(default=10.0, gt=0)
+    """For single requests to Firecracker (pause, resume, describe)."""
+    drain_seconds: float = Field(default=20.0, ge=0)
+    """How long a drain waits for branches and calls at work before the server leaves."""
+    retention_days: float = Field(default=7.0, gt=0)
+    """How long ended branches and forks stay visible."""
+
+    console_bytes: int = Field(default=4 * MIB, ge=64 * 1024)
+    """How much of each console's output is kept."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("image_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part for part in value.split(":") if part)
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _known_listen(cls, value: str) -> str:
+        if not value.startswith("unix:") or len(value) == len("unix:"):
+            raise ValueError(
+                "must be unix:PATH; TCP needs TLS, which this version doesn't have yet"
+            )
+        return value
+
+    @classmethod
+    def load(cls, config_file: Path | None, **flags: Any) -> Settings:
+        """The settings from file, environment and flags (those that are not None).
+
+        Raises `pydantic.ValidationError` naming each wrong setting, `OSError` for the file.
+        """
+        if config_file is not None and not config_file.is_file():
+            raise FileNotFoundError(f"there is no settings file {config_file}")
+
+        class Loaded(cls):  # type: ignore[valid-type, misc]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+                if config_file is not None:
+                    sources += (TomlConfigSettingsSource(settings_cls, toml_file=config_file),)
+                return sources
+
+        given = {key: value for key, value in flags.items() if value is not None}
+        loaded: Settings = Loaded(**given)
+        return loaded

@@ -1,0 +1,319 @@
+"""The composition root: builds every part, in the order in which they need each other, runs them,
+drains and stops them. Nothing else knows all rooms.
+
+    start    lock the data folder, open the registry, choose the VMM, probe the staging folders,
+             adopt the sandboxes that still run, go on with unfinished branches and forks, serve
+    drain    (SIGTERM or SIGINT) take no new work, finish what is at work within `drain_seconds`
+    stop     leave: sandboxes run on, for the next start to adopt
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import forkpointd
+from forkpointd.branching.admission import Admission
+from forkpointd.branching.imaging import CopyWorkers
+from forkpointd.branching.life import Workshop
+from forkpointd.branching.opening import Windows
+from forkpointd.branching.prediction import PausePredictor
+from forkpointd.branching.service import Branches
+from forkpointd.config import Settings
+from forkpointd.host import (
+    check_data_dir,
+    check_kvm,
+    check_reflink,
+    check_staging,
+    choose_binary,
+    describe_vmm,
+)
+from forkpointd.images import (
+    Room,
+    SnapshotStore,
+    StagingArea,
+    StagingRoom,
+    read_host_facts,
+)
+from forkpointd.model import (
+    MIB,
+    CheckOutcome,
+    HostCheck,
+    ServerFacts,
+    StagingKind,
+    VmmKind,
+    VmmVersion,
+    now,
+)
+from forkpointd.registry import Registry
+from forkpointd.rpc.listener import Ports, RpcServer
+from forkpointd.sandboxes.adoption import adopt_all
+from forkpointd.sandboxes.console import Consoles
+from forkpointd.sandboxes.datadir import DataDir, open_data_dir
+from forkpointd.sandboxes.expiry import Expiry
+from forkpointd.sandboxes.forks import Forks
+from forkpointd.sandboxes.service import Sandboxes
+from forkpointd.sandboxes.snapshots import Snapshots
+from forkpointd.sandboxes.starting import Starter, host_memory_bytes
+from forkpointd.sandboxes.tasks import Tasks
+from forkpointd.vmm import Binary, snapshot_version
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 60.0
+REQUESTS_KEPT = timedelta(hours=24)
+
+
+class StartError(Exception):
+    """The server can't start; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    """The thread pools, by what waits in them."""
+
+    files: Executor
+    vmm: Executor
+    precopies: Executor
+    merges: Executor
+
+
+@contextmanager
+def _threads(settings: Settings) -> Iterator[_Threads]:
+    with (
+        ThreadPoolExecutor(4, thread_name_prefix="files") as files,
+        ThreadPoolExecutor(settings.concurrent_starts + 8, thread_name_prefix="vmm") as vmm,
+        ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="precopy") as precopies,
+        ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="merge") as merges,
+    ):
+        yield _Threads(files, vmm, precopies, merges)
+
+
+class Daemon:
+    """A forkpointd that serves."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        """`say` tells a person what is going on, a line at a time."""
+        self._settings = settings
+        self._say = say
+        self._start_time = now()
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Asks a running daemon to drain and leave."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Starts, serves until `stop`, drains, stops. Raises what keeps it from starting:
+        `StartError`, `DataDirError`, `ForkpointError` (NO_VMM), `OSError`."""
+        os.umask(0o077)
+        async with AsyncExitStack() as stack:
+            await self._serve(stack)
+
+    async def _serve(self, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        data = open_data_dir(settings.data_dir, settings.staging_dir)
+        stack.callback(data.close)
+        threads = stack.enter_context(_threads(settings))
+        binary = await _in_thread(lambda: choose_binary(settings, self._say))
+        checks, staging, reflink = await _in_thread(lambda: self._check_host(data, binary))
+        failed = [check for check in checks if check.outcome is CheckOutcome.FAILED]
+        if any(check.name == "data_dir" for check in failed):
+            raise StartError("; ".join(f"{check.detail}: {check.remedy}" for check in failed))
+        registry = await Registry.open(data.registry_path)
+        stack.push_async_callback(registry.close)
+
+        host = await _in_thread(
+            lambda: read_host_facts(
+                vmm=VmmVersion(binary.kind, binary.version),
+                snapshot_version=snapshot_version(binary),
+            )
+        )
+        store = SnapshotStore(data.snapshots)
+        image_room = Room(data.root)
+        tmpfs = data.tmpfs_staging if staging is StagingKind.TMPFS else None
+        staging_room = StagingRoom(tmpfs, settings.staging_bytes, disk=image_room)
+        areas = {StagingKind.DISK: StagingArea(data.disk_staging)}
+        areas[StagingKind.TMPFS] = StagingArea(tmpfs) if tmpfs else areas[StagingKind.DISK]
+
+        snapshots = Snapshots(registry, store, threads.files)
+        starter = Starter(
+            data=data,
+            store=store,
+            binary=binary,
+            host=host,
+            strict_host=settings.strict_host,
+            calls=threads.vmm,
+        )
+        sandboxes = Sandboxes(
+            registry=registry,
+            data=data,
+            snapshots=snapshots,
+            starter=starter,
+            files=threads.files,
+            call_timeout_seconds=settings.vmm_call_timeout_seconds,
+        )
+        stack.push_async_callback(sandboxes.close)
+        forks = Forks(sandboxes, concurrent_starts=settings.concurrent_starts)
+        stack.push_async_callback(forks.close)
+        predictor = PausePredictor()
+        branches = Branches(
+            Workshop(
+                registry=registry,
+                sandboxes=sandboxes,
+                forks=forks,
+                store=store,
+                admission=Admission(
+                    predictor=predictor,
+                    image_room=image_room,
+                    staging_room=staging_room,
+                    auto_full_max_pause_us=int(settings.auto_full_max_pause_seconds * 1e6),
+                ),
+                predictor=predictor,
+                windows=Windows(areas, threads.files),
+                precopies=CopyWorkers(threads.precopies, settings.concurrent_copies),
+                merges=CopyWorkers(threads.merges, settings.concurrent_copies),
+                files=threads.files,
+                host=host,
+                tasks=Tasks("branches"),
+                window_deadline_seconds=settings.window_deadline_seconds,
+            ),
+            max_queued_branches=settings.max_queued_branches,
+        )
+        stack.push_async_callback(branches.close)
+        await self._recover(registry, sandboxes, snapshots, store, forks, branches, areas, threads)
+
+        expiry = Expiry(sandboxes, branches.branch_and_wait)
+        expiry.start()
+        stack.push_async_callback(expiry.close)
+        consoles = Consoles(sandboxes.console_folder, sandboxes.console_ended)
+        housekeeping = Tasks("housekeeping")
+        stack.push_async_callback(housekeeping.cancel)
+        housekeeping.start_unwatched(branches.merge_kept_diffs(), "kept diffs")
+        housekeeping.start_unwatched(
+            self._keep_house(registry, sandboxes, snapshots, consoles), "loop"
+        )
+
+        async def facts() -> ServerFacts:
+            return ServerFacts(
+                version=forkpointd.__version__,
+                vmm=VmmVersion(binary.kind, binary.version),
+                vmm_path=None if binary.kind is VmmKind.SIMULATOR else binary.path,
+                checks=checks,
+                start_time=self._start_time,
+                image_roots=settings.image_roots,
+                data_dir=settings.data_dir,
+                max_fork_count=settings.max_fork_count,
+                max_queued_branches=settings.max_queued_branches,
+                staging=staging,
+                reflink=reflink,
+                image_free_bytes=await _in_thread(image_room.free_bytes),
+                staging_free_bytes=await _in_thread(staging_room.free_bytes),
+            )
+
+        server = RpcServer(
+            Ports(sandboxes, branches, forks, snapshots, consoles, _Facts(facts)),
+            image_roots=settings.image_roots,
+            max_fork_count=settings.max_fork_count,
+            max_memory_mib=host_memory_bytes() // MIB,
+        )
+        await server.start(settings.listen)
+        stack.push_async_callback(server.stop, 0.5)
+        for check in checks:
+            if check.outcome is not CheckOutcome.OK:
+                self._say(f"{check.outcome.lower()}: {check.detail}")
+        self._say(
+            f"forkpointd {forkpointd.__version__} serves {settings.listen} on "
+            f"{describe_vmm(binary).detail}"
+        )
+        await self._stopping.wait()
+        self._say("draining: no new work; sandboxes run on")
+        server.drain()
+        left = await branches.drain(settings.drain_seconds)
+        if left:
+            self._say(f"{left} pieces of work are left for the next start")
+
+    def _check_host(
+        self, data: DataDir, binary: Binary
+    ) -> tuple[tuple[HostCheck, ...], StagingKind, bool]:
+        staging, kind = check_staging(data.tmpfs_staging, self._settings.staging_bytes)
+        reflink, able = check_reflink(data.root)
+        checks = (check_kvm(), describe_vmm(binary), staging, reflink, check_data_dir(data.root))
+        return checks, kind, able
+
+    async def _recover(
+        self,
+        registry: Registry,
+        sandboxes: Sandboxes,
+        snapshots: Snapshots,
+        store: SnapshotStore,
+        forks: Forks,
+        branches: Branches,
+        areas: dict[StagingKind, StagingArea],
+        threads: _Threads,
+    ) -> None:
+        """Everything that a former server left: DESIGN promise 4."""
+        children = frozenset(
+            child.sandbox_id
+            for fork in await registry.unfinished_forks()
+            for child in fork.children
+        )
+        adoption = await adopt_all(
+            sandboxes, files=threads.files, calls=threads.vmm, fork_children=children
+        )
+        recovered = await branches.recover(areas)
+        finishing = {work.branch.snapshot_id for work in recovered.to_merge}
+        known = await registry.snapshot_ids() | finishing
+        swept = await _in_thread(lambda: store.sweep(known))
+        restarted_forks = await forks.recover()
+        await snapshots.collect()
+        if sandboxes.live or recovered.failed or swept:
+            self._say(
+                f"found {len(sandboxes.live)} sandboxes ({adoption.adopted} adopted, "
+                f"{adoption.stopped} ended meanwhile), {len(recovered.to_merge)} branches to "
+                f"finish, {recovered.failed} that failed, {restarted_forks} forks to finish; "
+                f"removed {adoption.removed} half-made sandboxes, {adoption.orphans_ended} orphan "
+                f"processes, {recovered.removed_files + swept} files"
+            )
+
+    async def _keep_house(
+        self,
+        registry: Registry,
+        sandboxes: Sandboxes,
+        snapshots: Snapshots,
+        consoles: Consoles,
+    ) -> None:
+        """What has to be done now and then: trims consoles, forgets what is old."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            try:
+                await consoles.trim(list(sandboxes.live), self._settings.console_bytes)
+                await registry.expire_requests(now() - REQUESTS_KEPT)
+                await registry.prune_ended(now() - timedelta(days=self._settings.retention_days))
+                await snapshots.collect()
+            except Exception:
+                log.exception("housekeeping failed; it is tried again")
+
+
+class _Facts:
+    """`ServerPort` over a function."""
+
+    def __init__(self, facts: Callable[[], Awaitable[ServerFacts]]) -> None:
+        self._facts = facts
+
+    async def facts(self) -> ServerFacts:
+        """The facts of now."""
+        return await self._facts()
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work)

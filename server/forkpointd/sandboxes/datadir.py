@@ -1,0 +1,129 @@
+"""The data folder: its lock, its parts, and its twin on tmpfs.
+
+    DIR/lock              held by the one server that works here
+    DIR/id                a random name, so that two data folders never share a staging folder
+    DIR/forkpoint.db      the registry
+    DIR/sandboxes/<id>/   a sandbox: sockets, console, links; the working folder of its Firecracker
+    DIR/snapshots/<id>/   a snapshot (images.store)
+    DIR/staging/          windows that are staged on disk
+    TMPFS/forkpoint-<id>/ windows that are staged in memory
+
+In each sandbox's folder `t` and `d` are links to the two staging folders: all paths in a window's
+requests are short names relative to the folder (DESIGN 4.4).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from forkpointd.model import StagingKind
+
+STAGING_LINKS = {StagingKind.TMPFS: "t", StagingKind.DISK: "d"}
+"""Names, in a sandbox's folder, of the links to the staging folders."""
+
+
+class DataDirError(Exception):
+    """The data folder can't be used; the message says why and what to do."""
+
+
+class DataDirLocked(DataDirError):
+    """Another server works here."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataDir:
+    """Paths of an open (locked) data folder."""
+
+    root: Path
+    identity: str
+    tmpfs_staging: Path
+    lock_fd: int
+
+    @property
+    def registry_path(self) -> Path:
+        return self.root / "forkpoint.db"
+
+    @property
+    def sandboxes(self) -> Path:
+        return self.root / "sandboxes"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.root / "snapshots"
+
+    @property
+    def disk_staging(self) -> Path:
+        return self.root / "staging"
+
+    def sandbox(self, sandbox_id: str) -> Path:
+        """The folder of one sandbox."""
+        return self.sandboxes / sandbox_id
+
+    def staging(self, kind: StagingKind) -> Path:
+        """The staging folder of one kind."""
+        return self.tmpfs_staging if kind is StagingKind.TMPFS else self.disk_staging
+
+    def close(self) -> None:
+        """Gives the folder free for another server."""
+        os.close(self.lock_fd)
+
+
+def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
+    """Makes what is missing, private to this user, and takes the lock.
+
+    The lock is a `flock`, which the kernel gives free with the process, so a crash leaves nothing
+    to be cleaned up. Raises `DataDirLocked` or `DataDirError`.
+    """
+    try:
+        for folder in (root, root / "sandboxes", root / "snapshots", root / "staging"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataDirError(
+            f"{error.filename} is a file where a folder should be: move it away or choose another "
+            "--data-dir"
+        ) from error
+    except PermissionError as error:
+        raise DataDirError(
+            f"no permission for {error.filename}: choose a --data-dir that this user may write"
+        ) from error
+    except OSError as error:
+        raise DataDirError(f"can't use {root} as data folder: {error}") from error
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock_fd)
+        raise DataDirLocked(
+            f"another forkpointd works in {root}: stop it, or choose another --data-dir"
+        ) from error
+    try:
+        identity = _identity(root)
+        tmpfs_staging = staging_dir / f"forkpoint-{identity}"
+        if staging_dir.is_dir():
+            tmpfs_staging.mkdir(mode=0o700, exist_ok=True)
+            if tmpfs_staging.stat().st_uid != os.geteuid():
+                raise DataDirError(f"{tmpfs_staging} belongs to another user: remove it")
+    except OSError as error:
+        os.close(lock_fd)
+        raise DataDirError(f"can't prepare {root}: {error}") from error
+    except DataDirError:
+        os.close(lock_fd)
+        raise
+    return DataDir(root, identity, tmpfs_staging, lock_fd)
+
+
+def _identity(root: Path) -> str:
+    """The random name of this data folder, made once."""
+    path = root / "id"
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        identity = secrets.token_hex(8)
+        draft = root / f".id-{identity}"
+        draft.write_text(identity + "\n", encoding="ascii")
+        draft.rename(path)
+        return identity

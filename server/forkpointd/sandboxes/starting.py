@@ -1,0 +1,175 @@
+"""Starting a sandbox's process: its folder, its links, and the requests that boot or load it.
+
+A failed load ends Firecracker's process, so everything that can be refused is refused before it
+(`check_loadable`): a host that doesn't fit, a damaged image, a drive that is not the one that the
+snapshot was taken with (DESIGN promise 7).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from concurrent.futures import Executor
+from pathlib import Path
+
+from forkpointd.images import (
+    HostFacts,
+    ImageError,
+    Mismatch,
+    SnapshotStore,
+    StoredSnapshot,
+    check_fits,
+)
+from forkpointd.model import (
+    Boot,
+    Drive,
+    FieldViolation,
+    ForkpointError,
+    Machine,
+    Reason,
+    Sandbox,
+    StagingKind,
+)
+from forkpointd.sandboxes.datadir import STAGING_LINKS, DataDir
+from forkpointd.vmm import (
+    ApiRequest,
+    Binary,
+    Vmm,
+    boot_requests,
+    link_drives,
+    load_requests,
+)
+
+DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1"
+
+
+class Starter:
+    """Starts processes for sandboxes whose rows are in the registry already."""
+
+    def __init__(
+        self,
+        *,
+        data: DataDir,
+        store: SnapshotStore,
+        binary: Binary,
+        host: HostFacts,
+        strict_host: bool,
+        calls: Executor,
+    ) -> None:
+        self.binary = binary
+        self._data = data
+        self._store = store
+        self._host = host
+        self._strict_host = strict_host
+        self._calls = calls
+
+    async def boot(self, row: Sandbox, boot: Boot) -> Vmm:
+        """Boots a kernel. If this fails the process is gone; the folder is the caller's."""
+        return await self._start(row, boot_requests(boot))
+
+    async def load(self, row: Sandbox, stored: StoredSnapshot) -> Vmm:
+        """Starts from a snapshot that `check_loadable` passed. If this fails the process is gone;
+        the folder is the caller's."""
+        return await self._start(
+            row, load_requests(stored.vmstate_path, stored.memory_path, resume=True)
+        )
+
+    async def check_loadable(self, snapshot_id: str) -> StoredSnapshot:
+        """The files of a snapshot that this host can load, or HOST_MISMATCH, IMAGE_DAMAGED or
+        DRIVE_CHANGED, which say what differs."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._calls, self._check_loadable, snapshot_id
+        )
+
+    def _check_loadable(self, snapshot_id: str) -> StoredSnapshot:
+        try:
+            stored = self._store.open(snapshot_id)
+        except (ImageError, FileNotFoundError) as error:
+            raise ForkpointError(
+                Reason.IMAGE_DAMAGED,
+                f"snapshot {snapshot_id} can't be used: {error}",
+                metadata={"snapshot_id": snapshot_id},
+            ) from error
+        refusals = [
+            mismatch
+            for mismatch in check_fits(stored.manifest, self._host, strict=self._strict_host)
+            if mismatch.refuses
+        ]
+        if refusals:
+            raise _host_mismatch(snapshot_id, refusals)
+        for drive in stored.manifest.drives:
+            if reason := drive.changed():
+                raise ForkpointError(
+                    Reason.DRIVE_CHANGED,
+                    f"drive {drive.drive_id} of snapshot {snapshot_id}: {reason}. A guest whose "
+                    "disk changes under it is corrupt: put the file back as it was",
+                    metadata={"snapshot_id": snapshot_id, "drive_id": drive.drive_id},
+                )
+        return stored
+
+    async def _start(self, row: Sandbox, requests: tuple[ApiRequest, ...]) -> Vmm:
+        folder = self._data.sandbox(row.sandbox_id)
+        return await Vmm.start(
+            self.binary,
+            folder,
+            row.sandbox_id,
+            requests,
+            executor=self._calls,
+            prepare=lambda: self._make_folder(folder, row.machine),
+        )
+
+    def _make_folder(self, folder: Path, machine: Machine) -> None:
+        """The folder of a sandbox that is about to start; a former try's leftovers go first."""
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+        for kind in StagingKind:
+            os.symlink(self._data.staging(kind), folder / STAGING_LINKS[kind])
+        link_drives(folder, machine.drives)
+
+
+def check_drives(drives: tuple[Drive, ...]) -> None:
+    """Refuses writable drives: two children would write to the same file (DESIGN promise 5)."""
+    for drive in drives:
+        if not drive.read_only:
+            raise ForkpointError(
+                Reason.WRITABLE_DRIVE,
+                f"drive {drive.drive_id} is writable, which is refused for now: children of one "
+                "snapshot would share the file. Set read_only",
+                metadata={"drive_id": drive.drive_id},
+            )
+
+
+def host_memory_bytes() -> int:
+    """All memory of this host."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(machine: Machine) -> None:
+    """Refuses a guest that is larger than this host's memory."""
+    host_bytes = host_memory_bytes()
+    if machine.memory_bytes > host_bytes:
+        raise ForkpointError(
+            Reason.NO_MEMORY,
+            f"{machine.memory_mib} MiB are more than this host's {host_bytes // 2**20} MiB: ask "
+            "for less",
+            metadata={"memory_mib": str(machine.memory_mib), "host_mib": str(host_bytes // 2**20)},
+        )
+
+
+def _host_mismatch(snapshot_id: str, refusals: list[Mismatch]) -> ForkpointError:
+    fields = tuple(
+        FieldViolation(
+            mismatch.field, f"snapshot: {mismatch.snapshot_value}, host: {mismatch.host_value}"
+        )
+        for mismatch in refusals
+    )
+    told = "; ".join(f"{field.field} ({field.description})" for field in fields)
+    return ForkpointError(
+        Reason.HOST_MISMATCH,
+        f"snapshot {snapshot_id} doesn't fit this host: {told}. Load it on a host like the one it "
+        "was taken on",
+        metadata={"snapshot_id": snapshot_id},
+        fields=fields,
+    )

@@ -1,0 +1,207 @@
+"""Branches, end to end: a real server, a real VMM, and memory compared page by page."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from forkpoint.v1 import branch_pb2, fork_pb2, sandbox_pb2, sandbox_service_pb2
+from forkpointd.vmm import Binary
+from tests.integration.serving import (
+    DIFF,
+    FULL,
+    READY_STAGE,
+    Guest,
+    House,
+    reason,
+)
+
+MEMORY_MIB = 128
+REGION_MIB = 32
+
+
+@pytest.fixture
+async def house(binary: Binary, witness_kernel: Path, tmp_path: Path) -> AsyncIterator[House]:
+    """A server that serves."""
+    made = House(tmp_path, binary, witness_kernel)
+    try:
+        await made.start()
+        yield made
+    finally:
+        await made.close()
+
+
+def stage_names(branch: branch_pb2.Branch) -> list[str]:
+    """The stages that a branch entered, without their prefix."""
+    return [
+        branch_pb2.BranchStage.Name(entry.stage).removeprefix("BRANCH_STAGE_")
+        for entry in branch.stages
+    ]
+
+
+async def pause(house: House, guest: Guest) -> None:
+    await house.sandboxes.PauseSandbox(sandbox_service_pb2.PauseSandboxRequest(sandbox_id=guest.id))
+
+
+async def resume(house: House, guest: Guest) -> None:
+    await house.sandboxes.ResumeSandbox(
+        sandbox_service_pb2.ResumeSandboxRequest(sandbox_id=guest.id)
+    )
+
+
+async def test_a_child_has_the_memory_its_source_had_in_the_window(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    generation = await source.dirty(REGION_MIB)
+    branch = await house.ready("src", snapshot_id="first")
+    assert branch.mode == DIFF, "a freshly booted sandbox has a valid base, the empty image"
+    assert stage_names(branch) == [
+        "QUEUED",
+        "PRECOPYING",
+        "PAUSED",
+        "RESUMED",
+        "MERGING",
+        "FINALIZING",
+        "READY",
+    ]
+    window = branch.pause_window
+    assert window.dirty_bytes >= REGION_MIB << 20
+    assert window.total.ToMicroseconds() >= window.vmm_total.ToMicroseconds() > 0
+    assert branch.snapshot.snapshot_id == "first"
+
+    later = await source.dirty(REGION_MIB)
+    child = await house.child("first")
+    assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)
+    assert await source.verify(REGION_MIB) == (later, later, 0, 0)
+    assert (await house.get("src")).state == sandbox_pb2.SANDBOX_STATE_RUNNING
+
+
+async def test_diffs_in_a_row_hold_what_a_full_holds_page_by_page(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    for turn in range(4):
+        await source.dirty(REGION_MIB - turn)
+        await source.ask(f"p{1000 + 37 * turn},3")
+        await source.ask(f"z{500 * turn},200")
+        if turn == 3:
+            await pause(house, source)
+        branch = await house.ready("src", mode=DIFF, snapshot_id=f"diff-{turn}")
+        assert branch.mode == DIFF
+    full = await house.ready("src", mode=FULL, snapshot_id="full")
+    assert full.pause_window.was_paused
+    await resume(house, source)
+    assert same_pages(house.memory_file("diff-3"), house.memory_file("full")) == MEMORY_MIB * 256
+    after = await house.ready("src", mode=DIFF)
+    child = await house.child(after.snapshot_id)
+    assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
+
+
+def same_pages(one: Path, other: Path) -> int:
+    """How many pages were compared; fails at the first that differs."""
+    pages = 0
+    with one.open("rb") as first, other.open("rb") as second:
+        while block := first.read(1 << 20):
+            theirs = second.read(1 << 20)
+            if block != theirs:
+                bad = next(
+                    n
+                    for n in range(0, len(block), 4096)
+                    if block[n : n + 4096] != theirs[n : n + 4096]
+                )
+                raise AssertionError(f"page {pages + bad // 4096} differs")
+            pages += len(block) // 4096
+        assert not second.read(1)
+    return pages
+
+
+async def test_a_writing_source_is_caught_at_one_moment(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    await source.ask(f"f{REGION_MIB}")
+    for turn in range(3):
+        branch = await house.ready("src", snapshot_id=f"torn-{turn}")
+        child = await house.child(branch.snapshot_id)
+        await child.ask("")  # stops the child's writer
+        low, high, changes, misplaced = await child.verify(REGION_MIB)
+        assert changes <= 1 and high - low <= 1 and not misplaced
+
+
+async def test_children_are_part_of_the_branch_and_deleting_its_snapshot_breaks_none(
+    house: House,
+) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    generation = await source.dirty(REGION_MIB)
+    branch = await house.ready(
+        "src", snapshot_id="s1", fork=fork_pb2.ForkSpec(count=5, fork_id="kids")
+    )
+    assert branch.fork.ready_count == 5
+    ids = [child.sandbox_id for child in branch.fork.children]
+    assert ids == [f"kids-{n}" for n in range(5)]
+    await house.delete_snapshot("s1")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await house.fork("s1")
+    assert reason(caught.value) == "SNAPSHOT_NOT_FOUND"
+    for child_id in ids:
+        child = Guest(house, child_id)
+        assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)
+    # A child that has not branched yet stands on the deleted snapshot: its first diff needs it.
+    grandchild = await house.child((await house.ready("kids-0", mode=DIFF)).snapshot_id)
+    assert await grandchild.verify(REGION_MIB) == (generation, generation, 0, 0)
+    for child_id in [*ids, "src"]:
+        await house.delete(child_id)
+    async with asyncio.timeout(10):
+        while house.memory_file("s1").exists():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_second_branch_of_one_source_waits_and_both_are_right(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    await source.dirty(REGION_MIB)
+    first, second = await asyncio.gather(
+        house.ready("src", snapshot_id="a"), house.ready("src", snapshot_id="b")
+    )
+    assert {first.stage, second.stage} == {READY_STAGE}
+    for snapshot_id in ("a", "b"):
+        child = await house.child(snapshot_id)
+        assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
+
+
+async def test_an_owners_pause_stands_over_a_branch(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    await source.dirty(REGION_MIB)
+    await pause(house, source)
+    branch = await house.ready("src")
+    assert branch.pause_window.was_paused
+    assert (await house.get("src")).state == sandbox_pb2.SANDBOX_STATE_PAUSED
+    await resume(house, source)
+    assert (await source.verify(REGION_MIB))[2:] == (0, 0)
+
+
+async def test_a_repeat_joins_and_other_arguments_are_refused(house: House) -> None:
+    await house.boot("src", MEMORY_MIB)
+    request_id = str(uuid.uuid4())
+    one, two = await asyncio.gather(
+        house.ready("src", request_id=request_id), house.ready("src", request_id=request_id)
+    )
+    assert one.branch_id == two.branch_id
+    assert (await house.ready("src", request_id=request_id)).branch_id == one.branch_id
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await house.branch("src", request_id=request_id, mode=FULL)
+    assert reason(caught.value) == "REQUEST_ID_REUSED"
+
+
+async def test_a_restarted_server_knows_its_sandboxes_and_their_bases(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    generation = await source.dirty(REGION_MIB)
+    await house.ready("src", snapshot_id="before")
+    await house.restart()
+    sandbox = await house.get("src")
+    assert sandbox.state == sandbox_pb2.SANDBOX_STATE_RUNNING
+    assert sandbox.dirty_base.snapshot_id == "before"
+    assert await source.verify(REGION_MIB) == (generation, generation, 0, 0)
+    branch = await house.ready("src", mode=DIFF)
+    child = await house.child(branch.snapshot_id)
+    assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from forkpointd.model import MIB
 from forkpointd.vmm import MAX_WINDOW_BYTES, VmmGone, WindowOutcome
 from forkpointd.vmm.window import SWITCH_SECONDS
 from forkpointd.witness import Stamp, page_offset_in_memory_file
@@ -314,7 +313,8 @@ async def test_other_failures_of_a_create_are_not_taken_for_a_whole_dirty_log(
 ) -> None:
     source = await bench.boot()
     (source.folder / "t").symlink_to(small_tmpfs)
-    (small_tmpfs / "fill").write_bytes(bytes(8 * MIB - 4096))
+    room = os.statvfs(small_tmpfs)
+    (small_tmpfs / "fill").write_bytes(bytes(room.f_bavail * room.f_bsize))
     outcome = await source.window("t/x", memory_name="memory")  # no room for vmstate
     assert not outcome.created
     assert "serialize the microVM state" in outcome.fault

@@ -242,7 +242,11 @@ class Vmm:
         if self._killing:  # whoever ended it asks for no last words
             self._resolve(exit_of(how, ""))
             return
-        reading = self._loop.run_in_executor(self._executor, read_last_words, self.folder)
+        try:
+            reading = self._loop.run_in_executor(self._executor, read_last_words, self.folder)
+        except RuntimeError:  # the server leaves, its threads are gone
+            self._resolve(exit_of(how, ""))
+            return
         reading.add_done_callback(
             lambda words: self._resolve(exit_of(how, "" if words.cancelled() else words.result()))
         )

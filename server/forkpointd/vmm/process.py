@@ -17,7 +17,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from forkpointd.model import ProcessRecord, SandboxExit, VmmKind, now
@@ -43,6 +45,9 @@ LAUNCH_SECONDS = 60.0
 """From the spawn to the last reply: a VMM that takes longer is ended."""
 LOG_LEVEL = "Error"
 """At Warning each window writes some lines, inside of it."""
+
+_READ_WRITE = os.O_RDWR | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
 
 _METRICS_REQUEST = ApiRequest("PUT", "/metrics", {"metrics_path": METRICS_NAME})
 
@@ -97,10 +102,15 @@ def launch(
     refused something, VmmGone with its last words where it ended, TimeoutError after
     LAUNCH_SECONDS, OSError where a file could not be made or the binary not be run.
     """
-    _make_files(folder)
-    start_ns = time.monotonic_ns()
-    pid = _spawn(binary, folder, sandbox_id)
-    pidfd = os.pidfd_open(pid)
+    with closing(_Files(folder)) as files:
+        start_ns = time.monotonic_ns()
+        pid = _spawn(binary, folder, sandbox_id, files)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # no descriptor left, say; the pid is sure as long as nobody reaps it
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
     try:
         record = record_of(pid)
         replies = _set_up(folder, pidfd, requests, abandon or Abandon())
@@ -115,40 +125,52 @@ def launch(
     return Launched(record, pidfd, replies, (time.monotonic_ns() - start_ns) // 1000)
 
 
-def _make_files(folder: Path) -> None:
-    """What the VMM needs to find: Firecracker makes neither its log nor its metrics file."""
-    os.mkfifo(folder / CONSOLE_INPUT_NAME, 0o600)
-    for name in (CONSOLE_OUTPUT_NAME, LOG_NAME, ERROR_NAME, METRICS_NAME):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        os.close(os.open(folder / name, flags, 0o600))
+class _Files:
+    """What a VMM needs to find in its folder, made; and, open, what it is to inherit.
+
+    Firecracker makes neither its log nor its metrics file itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        inside = f"{folder}/"
+        self._open: list[int] = []
+        try:
+            os.mkfifo(inside + CONSOLE_INPUT_NAME, 0o600)
+            # Read-write: the guest's console never sees an end of file, whoever comes and goes.
+            self.input = self._keep(os.open(inside + CONSOLE_INPUT_NAME, _READ_WRITE))
+            self.output = self._keep(os.open(inside + CONSOLE_OUTPUT_NAME, _NEW, 0o600))
+            self.errors = self._keep(os.open(inside + ERROR_NAME, _NEW, 0o600))
+            os.close(os.open(inside + LOG_NAME, _NEW, 0o600))
+            os.close(os.open(inside + METRICS_NAME, _NEW, 0o600))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes what the VMM has by now."""
+        for fd in self._open:
+            os.close(fd)
+
+    def _keep(self, fd: int) -> int:
+        self._open.append(fd)
+        return fd
 
 
-def _spawn(binary: Binary, folder: Path, sandbox_id: str) -> int:
+def _spawn(binary: Binary, folder: Path, sandbox_id: str, files: _Files) -> int:
     """The pid of a new VMM. It is this process's child, and only `reap` reaps it."""
-    append = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
-    descriptors: list[int] = []
-    try:
-        # Read-write: the guest's console then never sees an end of file, whoever comes and goes.
-        descriptors.append(os.open(folder / CONSOLE_INPUT_NAME, os.O_RDWR | os.O_CLOEXEC))
-        descriptors.append(os.open(folder / CONSOLE_OUTPUT_NAME, append))
-        descriptors.append(os.open(folder / ERROR_NAME, append))
-        stdin, stdout, stderr = descriptors
-        process = subprocess.Popen(
-            [
-                *binary.argv,
-                *("--api-sock", SOCKET_NAME, "--id", sandbox_id),
-                *("--log-path", LOG_NAME, "--level", LOG_LEVEL),
-            ],
-            cwd=folder,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,  # a Ctrl-C at the server's terminal is not for the guests
-            env={} if binary.kind is VmmKind.FIRECRACKER else None,
-        )
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    process = subprocess.Popen(
+        [
+            *binary.argv,
+            *("--api-sock", SOCKET_NAME, "--id", sandbox_id),
+            *("--log-path", LOG_NAME, "--level", LOG_LEVEL),
+        ],
+        cwd=folder,
+        stdin=files.input,
+        stdout=files.output,
+        stderr=files.errors,
+        start_new_session=True,  # a Ctrl-C at the server's terminal is not for the guests
+        env={} if binary.kind is VmmKind.FIRECRACKER else None,
+    )
     # From here on the pidfd is what stands for the process: `subprocess` must neither reap it nor
     # warn that nobody did.
     process.returncode = 0
@@ -200,6 +222,7 @@ def _raise_refusal(replies: Sequence[ApiReply]) -> None:
 # --- what a process is -------------------------------------------------------------------------
 
 
+@cache
 def boot_id() -> str:
     """The random name of this boot of the host."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

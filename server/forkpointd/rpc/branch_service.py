@@ -5,7 +5,7 @@ from __future__ import annotations
 from forkpoint.v1 import sandbox_service_pb2 as pb
 from forkpointd.model import BranchView
 from forkpointd.rpc import convert, orders, pages, scalars
-from forkpointd.rpc.handlers import Context
+from forkpointd.rpc.call import Call
 from forkpointd.rpc.ports import BranchPort, Position
 from forkpointd.rpc.rules import Limits
 from forkpointd.rpc.validation import check
@@ -18,30 +18,30 @@ class BranchCalls:
     _branches: BranchPort
     _limits: Limits
 
-    async def BranchSandbox(self, request: pb.BranchSandboxRequest, context: Context) -> None:
+    async def BranchSandbox(self, request: pb.BranchSandboxRequest, call: Call) -> None:
         """Admits a branch, then follows it: from there on only the stream can end, not it."""
         check(request, self._limits)
         branch = await self._branches.start(orders.branch_order(request))
         async with released(self._branches.watch(branch.branch_id, 0)) as views:
             async for view in views:
-                await context.write(pb.BranchSandboxResponse(branch=convert.branch(view)))
+                await call.write(pb.BranchSandboxResponse(branch=convert.branch(view)))
 
-    async def WatchBranch(self, request: pb.WatchBranchRequest, context: Context) -> None:
+    async def WatchBranch(self, request: pb.WatchBranchRequest, call: Call) -> None:
         """Follows a branch to its end."""
         check(request, self._limits)
         watch = self._branches.watch(request.branch_id, request.after_sequence)
         async with released(watch) as views:
             async for view in views:
-                await context.write(pb.WatchBranchResponse(branch=convert.branch(view)))
+                await call.write(pb.WatchBranchResponse(branch=convert.branch(view)))
 
-    async def GetBranch(self, request: pb.GetBranchRequest, _: Context) -> pb.GetBranchResponse:
+    async def GetBranch(self, request: pb.GetBranchRequest, _: Call) -> pb.GetBranchResponse:
         """One branch."""
         check(request, self._limits)
         view = await self._branches.get(request.branch_id)
         return pb.GetBranchResponse(branch=convert.branch(view))
 
     async def ListBranches(
-        self, request: pb.ListBranchesRequest, _: Context
+        self, request: pb.ListBranchesRequest, _: Call
     ) -> pb.ListBranchesResponse:
         """A page of branches."""
         check(request, self._limits)
@@ -55,7 +55,7 @@ class BranchCalls:
         return pb.ListBranchesResponse(branches=branches, next_page_token=token)
 
     async def CancelBranch(
-        self, request: pb.CancelBranchRequest, _: Context
+        self, request: pb.CancelBranchRequest, _: Call
     ) -> pb.CancelBranchResponse:
         """Stops a branch before its window."""
         check(request, self._limits)

@@ -11,7 +11,7 @@ from contextlib import closing
 
 from forkpoint.v1 import sandbox_service_pb2 as pb
 from forkpointd.model import FieldViolation, ForkpointError, Reason
-from forkpointd.rpc.handlers import Context, Requests
+from forkpointd.rpc.call import Call
 from forkpointd.rpc.ports import ConsolePort, ConsoleWriter
 from forkpointd.rpc.rules import Limits
 from forkpointd.rpc.status import invalid_fields
@@ -32,16 +32,16 @@ class ConsoleCalls:
     _consoles: ConsolePort
     _limits: Limits
 
-    async def AttachConsole(self, requests: Requests, context: Context) -> None:
+    async def AttachConsole(self, call: Call) -> None:
         """Output until the sandbox ends; input until the client closes its half."""
-        attach = await self._attach_message(requests)
+        attach = await self._attach_message(call)
         if attach.read_only:
-            await self._attached(attach, None, requests, context)
+            await self._attached(attach, None, call)
             return
         with closing(await self._consoles.writer(attach.sandbox_id)) as writer:
-            await self._attached(attach, writer, requests, context)
+            await self._attached(attach, writer, call)
 
-    async def ReadConsole(self, request: pb.ReadConsoleRequest, context: Context) -> None:
+    async def ReadConsole(self, request: pb.ReadConsoleRequest, call: Call) -> None:
         """Output from the oldest byte on, or from where the client says."""
         check(request, self._limits)
         first, end = await self._consoles.bounds(request.sandbox_id)
@@ -49,16 +49,16 @@ class ConsoleCalls:
         output = self._consoles.read(request.sandbox_id, start, follow=request.follow)
         async with released(output) as chunks:
             async for offset, data in chunks:
-                await context.write(pb.ReadConsoleResponse(offset=offset, data=data))
+                await call.write(pb.ReadConsoleResponse(offset=offset, data=data))
 
     async def WriteConsole(
-        self, request: pb.WriteConsoleRequest, context: Context
+        self, request: pb.WriteConsoleRequest, call: Call
     ) -> pb.WriteConsoleResponse:
         """Input in one piece: all of it, or CONSOLE_FULL with what was taken."""
         check(request, self._limits)
         with closing(await self._consoles.writer(request.sandbox_id)) as writer:
             _, end = await self._consoles.bounds(request.sandbox_id)
-            accepted = await writer.try_write(request.data, _write_wait(context))
+            accepted = await writer.try_write(request.data, _write_wait(call))
         if accepted < len(request.data):
             raise ForkpointError(
                 Reason.CONSOLE_FULL,
@@ -68,8 +68,8 @@ class ConsoleCalls:
             )
         return pb.WriteConsoleResponse(accepted_bytes=accepted, offset=end)
 
-    async def _attach_message(self, requests: Requests) -> pb.ConsoleAttach:
-        request: pb.AttachConsoleRequest | None = await requests.next()
+    async def _attach_message(self, call: Call) -> pb.ConsoleAttach:
+        request: pb.AttachConsoleRequest | None = await call.next_request()
         if request is None or request.WhichOneof("message") == "input":
             raise _invalid("attach", "must be the first message")
         check(request, self._limits)
@@ -79,14 +79,13 @@ class ConsoleCalls:
         self,
         attach: pb.ConsoleAttach,
         writer: ConsoleWriter | None,
-        requests: Requests,
-        context: Context,
+        call: Call,
     ) -> None:
         first, end = await self._consoles.bounds(attach.sandbox_id)
         start = _start(attach, first, end, default=end)
-        await context.write(pb.AttachConsoleResponse(offset=start))
-        output = asyncio.create_task(self._show(attach.sandbox_id, start, context))
-        feeding = asyncio.create_task(self._feed(writer, requests))
+        await call.write(pb.AttachConsoleResponse(offset=start))
+        output = asyncio.create_task(self._show(attach.sandbox_id, start, call))
+        feeding = asyncio.create_task(self._feed(writer, call))
         try:
             await asyncio.wait({output, feeding}, return_when=asyncio.FIRST_COMPLETED)
             if feeding.done():
@@ -97,18 +96,18 @@ class ConsoleCalls:
             feeding.cancel()
             await asyncio.gather(output, feeding, return_exceptions=True)
 
-    async def _show(self, sandbox_id: str, start: int, context: Context) -> None:
+    async def _show(self, sandbox_id: str, start: int, call: Call) -> None:
         async with released(self._consoles.read(sandbox_id, start, follow=True)) as chunks:
             async for offset, data in chunks:
-                await context.write(pb.AttachConsoleResponse(offset=offset, data=data))
+                await call.write(pb.AttachConsoleResponse(offset=offset, data=data))
 
-    async def _feed(self, writer: ConsoleWriter | None, requests: Requests) -> None:
+    async def _feed(self, writer: ConsoleWriter | None, call: Call) -> None:
         """Hands input over until the client closes its half, then gives the console free.
 
         The next message is read when the guest has taken the one before: a guest that does not
         read stops its client by flow control, and nothing piles up here.
         """
-        while (request := await requests.next()) is not None:
+        while (request := await call.next_request()) is not None:
             check(request, self._limits)
             if request.WhichOneof("message") != "input":
                 raise _invalid("attach", "is the first message only: open a call for another one")
@@ -142,10 +141,10 @@ def _start(
     return default
 
 
-def _write_wait(context: Context) -> float:
+def _write_wait(call: Call) -> float:
     """Less than the caller's own deadline, so that it learns how much was taken."""
-    remaining: float | None = context.time_remaining()
-    return WRITE_WAIT_SECONDS if remaining is None else min(WRITE_WAIT_SECONDS, remaining / 2)
+    left = call.seconds_left()
+    return WRITE_WAIT_SECONDS if left is None else min(WRITE_WAIT_SECONDS, left / 2)
 
 
 def _invalid(field: str, words: str) -> ForkpointError:

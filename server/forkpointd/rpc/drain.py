@@ -16,24 +16,50 @@ RETRY_SECONDS = 1.0
 """After which a client may try again: a restart takes about that long."""
 
 
+class Counter:
+    """How many are at work, and when none is."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One at work."""
+        self._count += 1
+        self._none.clear()
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._none.set()
+
+    async def idle(self) -> None:
+        """Returns when none is at work."""
+        await self._none.wait()
+
+
 class Gate:
     """Shared by all calls of one server."""
 
     def __init__(self) -> None:
         self.draining = asyncio.Event()
         self.stopping = asyncio.Event()
-        self._streams: set[asyncio.Timeout] = set()
-        self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.calls = Counter()
+        """Unary calls at work."""
+        self.streams = Counter()
+        """Streams that have not ended yet."""
+        self._scopes: set[asyncio.Timeout] = set()
 
     def drain(self) -> None:
         """Refuses new work from now on and ends the streams. Idempotent."""
         self.draining.set()
         present = asyncio.get_running_loop().time()
-        for stream in self._streams:
-            stream.reschedule(present)
-        self._streams.clear()
+        for scope in self._scopes:
+            scope.reschedule(present)
+        self._scopes.clear()
 
     def stop(self) -> None:
         """Drains, refuses every call from now on, and lets the watches of the health go.
@@ -48,21 +74,11 @@ class Gate:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """A call at work. SERVER_DRAINING once the server stops."""
+        """The body of a unary call. SERVER_DRAINING once the server stops."""
         if self.stopping.is_set():
             raise _draining()
-        self._calls += 1
-        self._idle.clear()
-        try:
+        with self.calls.one():
             yield
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
-
-    async def idle(self) -> None:
-        """Returns when no call is at work."""
-        await self._idle.wait()
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[None]:
@@ -74,15 +90,16 @@ class Gate:
         self.must_be_open()
         scope = asyncio.timeout(None)
         try:
-            async with scope:
-                self._streams.add(scope)
-                yield
+            with self.streams.one():
+                async with scope:
+                    self._scopes.add(scope)
+                    yield
         except TimeoutError:
             if not scope.expired():
                 raise
             raise _draining() from None
         finally:
-            self._streams.discard(scope)
+            self._scopes.discard(scope)
 
 
 def _draining() -> ForkpointError:

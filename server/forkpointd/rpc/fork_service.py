@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forkpoint.v1 import sandbox_service_pb2 as pb
 from forkpointd.rpc import convert, orders
-from forkpointd.rpc.handlers import Context
+from forkpointd.rpc.call import Call
 from forkpointd.rpc.ports import ForkPort
 from forkpointd.rpc.rules import Limits
 from forkpointd.rpc.validation import check
@@ -17,23 +17,23 @@ class ForkCalls:
     _forks: ForkPort
     _limits: Limits
 
-    async def ForkSandboxes(self, request: pb.ForkSandboxesRequest, context: Context) -> None:
+    async def ForkSandboxes(self, request: pb.ForkSandboxesRequest, call: Call) -> None:
         """Admits a fork, then follows it: from there on only the stream can end, not it."""
         check(request, self._limits)
         fork = await self._forks.start(orders.fork_order(request))
         async with released(self._forks.watch(fork.fork_id, 0)) as forks:
             async for each in forks:
-                await context.write(pb.ForkSandboxesResponse(fork=convert.fork(each)))
+                await call.write(pb.ForkSandboxesResponse(fork=convert.fork(each)))
 
-    async def WatchFork(self, request: pb.WatchForkRequest, context: Context) -> None:
+    async def WatchFork(self, request: pb.WatchForkRequest, call: Call) -> None:
         """Follows a fork to its end."""
         check(request, self._limits)
         watch = self._forks.watch(request.fork_id, request.after_sequence)
         async with released(watch) as forks:
             async for each in forks:
-                await context.write(pb.WatchForkResponse(fork=convert.fork(each)))
+                await call.write(pb.WatchForkResponse(fork=convert.fork(each)))
 
-    async def GetFork(self, request: pb.GetForkRequest, _: Context) -> pb.GetForkResponse:
+    async def GetFork(self, request: pb.GetForkRequest, _: Call) -> pb.GetForkResponse:
         """One fork."""
         check(request, self._limits)
         return pb.GetForkResponse(fork=convert.fork(await self._forks.get(request.fork_id)))

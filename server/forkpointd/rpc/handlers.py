@@ -1,11 +1,13 @@
 """What every call goes through, from its bytes to its status.
 
 Services are registered from their descriptors: an object needs a method of the RPC's name, an
-`async def` of request and context that returns the response (unary) or writes its responses with
-`context.write` (streams). Around it: our own decoding, so that bytes that are no message are the
-client's error; errors with a reason become statuses; anything else is a fault of the server, which
-the client sees as INTERNAL with the number of an incident, and the log with its trace. A
-CancelledError (the client left, its deadline passed) goes through untouched.
+`async def` of request and `Call` that returns the response (unary), or writes its responses with
+`call.write` (streams; of `Call` alone where the client streams too).
+
+Around it: our own decoding, so that bytes that are no message are the client's error; errors with
+a reason become statuses; anything else is a fault of the server, which the client sees as INTERNAL
+with the number of an incident, and the log with its trace. A CancelledError (the client left, its
+deadline passed) goes through untouched.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -24,6 +25,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from forkpointd.model import ForkpointError, Problem, Reason
+from forkpointd.rpc.call import Call, Context, Undecodable, decoded
 from forkpointd.rpc.drain import Gate
 from forkpointd.rpc.status import to_grpc
 
@@ -31,19 +33,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Context = grpc.aio.ServicerContext[Any, Any]
-"""Of a call. Only `write`, `read` and `time_remaining` are for services; they raise, rather than
-abort."""
-
 MAKING = frozenset({"CreateSandbox", "BranchSandbox", "ForkSandboxes"})
 """Methods that make something: refused while the server drains."""
-
-
-@dataclass(frozen=True, slots=True)
-class Undecodable:
-    """Bytes that are not the message they should be."""
-
-    message: str
 
 
 def service_handler(
@@ -69,36 +60,38 @@ def service_handler(
 def _method_handler(
     method: MethodDescriptor, behaviour: Callable[..., Awaitable[Any]], gate: Gate | None
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    decode = _decoder(method)
-    name = method.full_name
-
     async def unary(request: Any, context: Context) -> Any:
+        call = Call(context)
+
         async def work() -> Any:
-            with _call(gate):
+            with _counted(gate):
                 if gate is not None and method.name in MAKING:
                     gate.must_be_open()
-                return await behaviour(_decoded(request), context)
+                return await behaviour(decoded(request), call)
 
-        return await _answer(work(), context, name)
+        return await _answer(work(), call, method.full_name)
 
     async def unary_stream(request: Any, context: Context) -> None:
-        async def work() -> None:
-            with _call(gate):
-                async with _stream(gate):
-                    await behaviour(_decoded(request), context)
+        call = Call(context)
 
-        await _answer(work(), context, name)
+        async def work() -> None:
+            async with _ended_by(gate):
+                await behaviour(decoded(request), call)
+
+        await _answer(work(), call, method.full_name)
 
     async def stream_stream(_requests: object, context: Context) -> None:
+        call = Call(context)
+
         async def work() -> None:
-            with _call(gate):
-                async with _stream(gate):
-                    await behaviour(Requests(context), context)
+            async with _ended_by(gate):
+                await behaviour(call)
 
-        await _answer(work(), context, name)
+        await _answer(work(), call, method.full_name)
 
+    decode = _decoder(method)
     if method.client_streaming and not method.server_streaming:
-        raise TypeError(f"{name}: no such kind of method is served")
+        raise TypeError(f"{method.full_name}: no such kind of method is served")
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(
             stream_stream, request_deserializer=decode, response_serializer=_encode
@@ -112,24 +105,12 @@ def _method_handler(
     )
 
 
-def _call(gate: Gate | None) -> AbstractContextManager[None]:
+def _counted(gate: Gate | None) -> AbstractContextManager[None]:
     return nullcontext() if gate is None else gate.call()
 
 
-def _stream(gate: Gate | None) -> AbstractAsyncContextManager[None]:
+def _ended_by(gate: Gate | None) -> AbstractAsyncContextManager[None]:
     return nullcontext() if gate is None else gate.stream()
-
-
-class Requests:
-    """The requests of a stream, one at a time, so that a slow reader slows its client down."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    async def next(self) -> Any | None:
-        """The next message; None once the client has closed its half. UNDECODABLE_MESSAGE."""
-        request = await self._context.read()
-        return None if request is grpc.aio.EOF else _decoded(request)
 
 
 def _decoder(method: MethodDescriptor) -> Callable[[bytes], Message | Undecodable]:
@@ -151,26 +132,23 @@ def _encode(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _decoded(request: Any) -> Any:
-    if isinstance(request, Undecodable):
-        raise ForkpointError(Reason.UNDECODABLE_MESSAGE, request.message)
-    return request
-
-
-async def _answer(work: Awaitable[T], context: Context, method: str) -> T:
+async def _answer(work: Awaitable[T], call: Call, method: str) -> T:
     try:
-        return await work
+        answer = await work
+        await call.settled()
+        return answer
     except grpc.aio.AbortError:
         raise
     except ForkpointError as error:
         problem = error.problem
     except Exception as error:
-        if isinstance(error, grpc.aio.BaseError) and context.done():
+        if isinstance(error, grpc.aio.BaseError) and call.context.done():
             raise  # a write found that the client is gone; gRPC knows
         incident = uuid.uuid4().hex
         logger.exception("%s failed, incident %s", method, incident)
         problem = _incident(incident)
-    await context.abort_with_status(to_grpc(problem))
+    await call.settled()
+    await call.context.abort_with_status(to_grpc(problem))
     raise AssertionError("abort_with_status returned")
 
 

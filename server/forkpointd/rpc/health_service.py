@@ -13,8 +13,8 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2 as pb
 
+from forkpointd.rpc.call import Call
 from forkpointd.rpc.drain import Gate
-from forkpointd.rpc.handlers import Context
 
 SERVICE: Any = pb.DESCRIPTOR.services_by_name["Health"]
 
@@ -29,31 +29,29 @@ class HealthService:
         self._services = frozenset({"", *services})
         self._gate = gate
 
-    async def Check(
-        self, request: pb.HealthCheckRequest, context: Context
-    ) -> pb.HealthCheckResponse:
+    async def Check(self, request: pb.HealthCheckRequest, call: Call) -> pb.HealthCheckResponse:
         """The status of one service; NOT_FOUND for others, as the protocol says."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "this server has no such service")
+            await call.context.abort(grpc.StatusCode.NOT_FOUND, "this server has no such service")
         return self._status()
 
-    async def List(self, _request: object, _: Context) -> Any:
+    async def List(self, _request: object, _: Call) -> Any:
         """The status of all services."""
         response = _ListResponse()
         for service in self._services:
             response.statuses[service].CopyFrom(self._status())
         return response
 
-    async def Watch(self, request: pb.HealthCheckRequest, context: Context) -> None:
+    async def Watch(self, request: pb.HealthCheckRequest, call: Call) -> None:
         """The status of one service, and its change; ends when the server stops."""
         if request.service not in self._services:
             unknown = pb.HealthCheckResponse.SERVICE_UNKNOWN
-            await context.write(pb.HealthCheckResponse(status=unknown))
+            await call.write(pb.HealthCheckResponse(status=unknown))
         else:
-            await context.write(self._status())
+            await call.write(self._status())
             if not self._gate.draining.is_set():
                 await self._gate.draining.wait()
-                await context.write(self._status())
+                await call.write(self._status())
         await self._gate.stopping.wait()
 
     def _status(self) -> pb.HealthCheckResponse:

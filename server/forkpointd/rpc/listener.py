@@ -45,9 +45,9 @@ MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """What clients take by default. Pages end at half of it."""
 
 LINGER_SECONDS = 0.1
-"""gRPC closes a connection together with its last stream, and a client that is just writing loses
-what it has not read by then: the status that tells it to ask again. So the last streams end a
-moment before."""
+"""Between the last answer and the end of the connections. gRPC closes a connection together with
+its last stream, and a client that is just writing loses what it has not read by then: its answer,
+or the status that tells it to ask again."""
 
 OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.so_reuseport", 0),
@@ -137,12 +137,13 @@ class RpcServer:
         if self._gate is None or self._server is None:
             return
         self._gate.stop()
-        deadline = asyncio.get_running_loop().time() + grace_seconds
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline - LINGER_SECONDS):
-                await self._gate.idle()
-                await asyncio.sleep(LINGER_SECONDS)
-        await self._server.stop(max(0, deadline - asyncio.get_running_loop().time()))
+            async with asyncio.timeout(grace_seconds):
+                await self._gate.calls.idle()
+                await self._gate.streams.idle()
+        # What is left is a call out of time, or a stream whose client doesn't read its end.
+        await asyncio.sleep(min(LINGER_SECONDS, grace_seconds))
+        await self._server.stop(None)
         if self._socket is not None:
             await asyncio.to_thread(self._socket.release)
             self._socket = None

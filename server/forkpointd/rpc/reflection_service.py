@@ -12,7 +12,7 @@ from typing import Any
 from grpc_reflection.v1alpha import _async as reflection
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
-from forkpointd.rpc.handlers import Context, Requests
+from forkpointd.rpc.call import Call
 
 SERVICE: Any = pb.DESCRIPTOR.services_by_name["ServerReflection"]
 V1 = "grpc.reflection.v1.ServerReflection"
@@ -25,13 +25,13 @@ class ReflectionService:
     def __init__(self, services: Iterable[str]) -> None:
         self._library = reflection.ReflectionServicer(services)
 
-    async def ServerReflectionInfo(self, requests: Requests, context: Context) -> None:
+    async def ServerReflectionInfo(self, call: Call) -> None:
         """Files and symbols, one answer a question, until the client closes its half."""
 
         async def questions() -> AsyncIterator[pb.ServerReflectionRequest]:
-            while (request := await requests.next()) is not None:
+            while (request := await call.next_request()) is not None:
                 yield request
 
-        answers: Any = self._library.ServerReflectionInfo(questions(), context)
+        answers: Any = self._library.ServerReflectionInfo(questions(), call.context)
         async for answer in answers:
-            await context.write(answer)
+            await call.write(answer)

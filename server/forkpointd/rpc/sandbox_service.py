@@ -9,9 +9,9 @@ from forkpoint.v1 import sandbox_service_pb2 as pb
 from forkpointd.model import ForkpointError, Reason, Sandbox
 from forkpointd.rpc import convert, image_paths, orders, pages, scalars
 from forkpointd.rpc.branch_service import BranchCalls
+from forkpointd.rpc.call import Call
 from forkpointd.rpc.console_service import ConsoleCalls
 from forkpointd.rpc.fork_service import ForkCalls
-from forkpointd.rpc.handlers import Context
 from forkpointd.rpc.ports import BranchPort, ConsolePort, ForkPort, Position, SandboxPort
 from forkpointd.rpc.rules import Limits
 from forkpointd.rpc.validation import check
@@ -38,7 +38,7 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         self._image_roots = tuple(image_roots)
 
     async def CreateSandbox(
-        self, request: pb.CreateSandboxRequest, _: Context
+        self, request: pb.CreateSandboxRequest, _: Call
     ) -> pb.CreateSandboxResponse:
         """Makes a sandbox. The client's leaving ends this call, not the making."""
         named = image_paths.named_files(request.boot)
@@ -48,14 +48,14 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         made = await self._sandboxes.create(orders.create_order(request, files))
         return pb.CreateSandboxResponse(sandbox=convert.sandbox(made))
 
-    async def GetSandbox(self, request: pb.GetSandboxRequest, _: Context) -> pb.GetSandboxResponse:
+    async def GetSandbox(self, request: pb.GetSandboxRequest, _: Call) -> pb.GetSandboxResponse:
         """One sandbox."""
         check(request, self._limits)
         found = await self._sandboxes.get(request.sandbox_id)
         return pb.GetSandboxResponse(sandbox=convert.sandbox(found))
 
     async def ListSandboxes(
-        self, request: pb.ListSandboxesRequest, _: Context
+        self, request: pb.ListSandboxesRequest, _: Call
     ) -> pb.ListSandboxesResponse:
         """A page of sandboxes."""
         check(request, self._limits)
@@ -69,7 +69,7 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         return pb.ListSandboxesResponse(sandboxes=sandboxes, next_page_token=token)
 
     async def UpdateSandbox(
-        self, request: pb.UpdateSandboxRequest, _: Context
+        self, request: pb.UpdateSandboxRequest, _: Call
     ) -> pb.UpdateSandboxResponse:
         """Changes labels, ttl or on_expiry."""
         check(request, self._limits)
@@ -77,7 +77,7 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         return pb.UpdateSandboxResponse(sandbox=convert.sandbox(changed))
 
     async def DeleteSandbox(
-        self, request: pb.DeleteSandboxRequest, _: Context
+        self, request: pb.DeleteSandboxRequest, _: Call
     ) -> pb.DeleteSandboxResponse:
         """Ends a sandbox."""
         check(request, self._limits)
@@ -85,7 +85,7 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         return pb.DeleteSandboxResponse()
 
     async def PauseSandbox(
-        self, request: pb.PauseSandboxRequest, _: Context
+        self, request: pb.PauseSandboxRequest, _: Call
     ) -> pb.PauseSandboxResponse:
         """Wishes a sandbox PAUSED."""
         check(request, self._limits)
@@ -93,7 +93,7 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         return pb.PauseSandboxResponse(sandbox=convert.sandbox(paused))
 
     async def ResumeSandbox(
-        self, request: pb.ResumeSandboxRequest, _: Context
+        self, request: pb.ResumeSandboxRequest, _: Call
     ) -> pb.ResumeSandboxResponse:
         """Wishes a sandbox RUNNING."""
         check(request, self._limits)

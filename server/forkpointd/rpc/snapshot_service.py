@@ -5,7 +5,7 @@ from __future__ import annotations
 from forkpoint.v1 import snapshot_service_pb2 as pb
 from forkpointd.model import Snapshot
 from forkpointd.rpc import convert, orders, pages
-from forkpointd.rpc.handlers import Context
+from forkpointd.rpc.call import Call
 from forkpointd.rpc.ports import Position, SnapshotPort
 from forkpointd.rpc.rules import Limits
 from forkpointd.rpc.validation import check
@@ -18,16 +18,14 @@ class SnapshotService:
         self._snapshots = snapshots
         self._limits = limits
 
-    async def GetSnapshot(
-        self, request: pb.GetSnapshotRequest, _: Context
-    ) -> pb.GetSnapshotResponse:
+    async def GetSnapshot(self, request: pb.GetSnapshotRequest, _: Call) -> pb.GetSnapshotResponse:
         """One snapshot."""
         check(request, self._limits)
         found = await self._snapshots.get(request.snapshot_id)
         return pb.GetSnapshotResponse(snapshot=convert.snapshot(found))
 
     async def ListSnapshots(
-        self, request: pb.ListSnapshotsRequest, _: Context
+        self, request: pb.ListSnapshotsRequest, _: Call
     ) -> pb.ListSnapshotsResponse:
         """A page of snapshots."""
         check(request, self._limits)
@@ -41,7 +39,7 @@ class SnapshotService:
         return pb.ListSnapshotsResponse(snapshots=snapshots, next_page_token=token)
 
     async def UpdateSnapshot(
-        self, request: pb.UpdateSnapshotRequest, _: Context
+        self, request: pb.UpdateSnapshotRequest, _: Call
     ) -> pb.UpdateSnapshotResponse:
         """Changes labels, which is all that a mask may name."""
         check(request, self._limits)
@@ -49,7 +47,7 @@ class SnapshotService:
         return pb.UpdateSnapshotResponse(snapshot=convert.snapshot(changed))
 
     async def DeleteSnapshot(
-        self, request: pb.DeleteSnapshotRequest, _: Context
+        self, request: pb.DeleteSnapshotRequest, _: Call
     ) -> pb.DeleteSnapshotResponse:
         """Takes a snapshot out of the API."""
         check(request, self._limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.unit.rpc.harness import Edge, make_server
 
 
 @pytest.fixture
-async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
+async def edge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Edge]:
     root = tmp_path / "images"
     root.mkdir()
     (root / "vmlinux").write_bytes(b"\x7fELF")
@@ -25,3 +26,10 @@ async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
     async with grpc.aio.insecure_channel(address) as channel:
         yield Edge(server, rooms, channel, root, address)
     await server.stop(0)
+    silent = ("grpc", "asyncio")  # what they call an error is one of ours
+    errors = [
+        each
+        for each in caplog.get_records("call")
+        if each.name.startswith(silent) and each.levelno >= logging.ERROR
+    ]
+    assert errors == []

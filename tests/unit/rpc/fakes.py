@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -135,6 +135,8 @@ class FakeBranches(Scripted):
         self.orders: list[model.BranchOrder] = []
         self.feed = Feed()
         self.filters: list[tuple[str | None, frozenset[model.BranchStage]]] = []
+        self.before_yield: Callable[[], None] | None = None
+        """Called while the write of what is yielded is under way."""
 
     async def start(self, order: model.BranchOrder) -> model.Branch:
         self._maybe_fail()
@@ -169,6 +171,8 @@ class FakeBranches(Scripted):
         try:
             async for view in source:
                 assert isinstance(view, model.BranchView)
+                if self.before_yield is not None:
+                    asyncio.get_running_loop().call_soon(self.before_yield)
                 yield view
         finally:
             await source.aclose()  # type: ignore[attr-defined]

@@ -288,4 +288,18 @@ async def test_a_write_waits_less_than_its_callers_deadline(edge: Edge) -> None:
     request = pb.WriteConsoleRequest(sandbox_id="agent-7", data=b"hello")
     await edge.sandboxes.WriteConsole(request, timeout=1)
     [wait] = edge.rooms.consoles.waits
-    assert 0 < wait <= 0.5
+    assert 0 < wait < 0.75  # not the usual two seconds
+
+
+async def test_wrong_input_in_the_middle_of_a_write_of_output_is_told(edge: Edge) -> None:
+    consoles = edge.rooms.consoles
+    call: Any = edge.sandboxes.AttachConsole()
+    await call.write(attach())
+    await call.read()
+    for _ in range(100):
+        consoles.more.put_nowait(b"x" * 65536)  # more than flow control lets through
+    await call.write(pb.AttachConsoleRequest())
+    code, problem = await refused(call)
+    assert (code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.INVALID_FIELD)
+    assert consoles.current is None
+    assert consoles.readers == 0

@@ -25,7 +25,15 @@ from forkpoint.v1 import sandbox_service_pb2 as pb
 from forkpointd.model import Reason
 from tests.unit.rpc import samples
 from tests.unit.rpc.fakes import Rooms
-from tests.unit.rpc.harness import Edge, make_server, refused, serving, until, version_at
+from tests.unit.rpc.harness import (
+    Edge,
+    make_server,
+    problem_of,
+    refused,
+    serving,
+    until,
+    version_at,
+)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -255,3 +263,35 @@ async def test_no_threads_or_descriptors_pile_up(tmp_path: Path) -> None:
     after = len(os.listdir("/proc/self/fd")), threading.active_count()
     assert after[0] - before[0] < 5
     assert after[1] - before[1] < 5
+
+
+async def test_a_drain_in_the_middle_of_the_first_write_waits_for_it(edge: Edge) -> None:
+    """A write that is cancelled goes on in gRPC's core, which then refuses the status."""
+    edge.rooms.branches.feed.send(samples.branch_view())
+    edge.rooms.branches.before_yield = edge.server.drain
+    call: Any = edge.sandboxes.WatchBranch(pb.WatchBranchRequest(branch_id="b"))
+    assert (await call.read()).branch.branch_id == "branch-1"
+    assert (await refused(call))[1].reason is Reason.SERVER_DRAINING
+
+
+async def test_a_drain_of_a_stream_that_flow_control_holds_waits_for_its_client(edge: Edge) -> None:
+    feed = edge.rooms.branches.feed
+    feed.send(*[samples.branch_view(sequence=i, mode_reason="x" * 500_000) for i in range(20)])
+    call: Any = edge.sandboxes.WatchBranch(pb.WatchBranchRequest(branch_id="b"))
+    seen = [(await call.read()).branch.sequence]  # then flow control holds the next
+    edge.server.drain()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while True:
+            seen.append((await call.read()).branch.sequence)
+    assert problem_of(caught.value).reason is Reason.SERVER_DRAINING
+    assert seen == list(range(len(seen)))
+    assert len(seen) < 20
+    assert feed.watchers == 0
+
+
+async def test_a_client_that_does_not_read_does_not_hold_up_a_stop(edge: Edge) -> None:
+    edge.rooms.branches.feed.send(*[samples.branch_view(mode_reason="x" * 500_000)] * 20)
+    call: Any = edge.sandboxes.WatchBranch(pb.WatchBranchRequest(branch_id="b"))
+    await call.read()
+    await asyncio.wait_for(edge.server.stop(60), 10)
+    assert edge.rooms.branches.feed.watchers == 0

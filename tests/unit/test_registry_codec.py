@@ -30,10 +30,8 @@ from forkpointd.model import (
 from forkpointd.registry.codec import (
     CodecError,
     codec_of,
-    from_json,
     instant_text,
     parse_instant,
-    to_json,
 )
 from forkpointd.registry.errors import RegistryDamaged
 from forkpointd.registry.rows import BRANCHES, CHILDREN, FORKS, REQUESTS, SANDBOXES, SNAPSHOTS
@@ -127,9 +125,9 @@ def test_every_row_comes_back_as_it_went_in(
 @given(data=st.data())
 def test_every_nested_word_comes_back_as_it_went_in(kind: Any, data: st.DataObject) -> None:
     value = data.draw(anything(kind))
-    text = to_json(value, kind)
+    text = codec_of(kind).to_json(value)
     assert text.isascii()
-    assert from_json(text, kind) == value
+    assert codec_of(kind).from_json(text) == value
 
 
 def test_the_nested_words_are_all_there() -> None:
@@ -154,12 +152,12 @@ def test_the_columns_are_the_words_of_the_model(
 def test_what_lies_in_the_file_stays_readable_by_later_releases() -> None:
     """The stored form, literally: who changes it has to write a migration."""
     problem = Problem(Reason.NO_DISK_SPACE, "full", {"a": "b"}, (), 1.5)
-    assert to_json(problem, Problem) == (
+    assert codec_of(Problem).to_json(problem) == (
         '{"reason":"NO_DISK_SPACE","message":"full","metadata":{"a":"b"},"fields":[],'
         '"retry_after_seconds":1.5}'
     )
     window = PauseWindow(START, 5, 1, 2, 1, 4096, StagingKind.TMPFS)
-    assert to_json(window, PauseWindow) == (
+    assert codec_of(PauseWindow).to_json(window) == (
         '{"start_time":"2025-01-31T12:00:00.000005Z","total_us":5,"pause_us":1,"snapshot_us":2,'
         '"resume_us":1,"dirty_bytes":4096,"staging":"TMPFS","was_paused":false}'
     )
@@ -174,7 +172,7 @@ def test_what_lies_in_the_file_stays_readable_by_later_releases() -> None:
 
 
 def test_a_field_added_with_a_default_may_be_missing_in_what_is_stored() -> None:
-    assert from_json('{"vcpus":1,"memory_mib":64}', Machine) == Machine(1, 64, ())
+    assert codec_of(Machine).from_json('{"vcpus":1,"memory_mib":64}') == Machine(1, 64, ())
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,7 @@ def test_a_field_added_with_a_default_may_be_missing_in_what_is_stored() -> None
 )
 def test_what_is_stored_wrongly_is_refused(text: str, hint: Any, complaint: str) -> None:
     with pytest.raises(CodecError, match=complaint):
-        from_json(text, hint)
+        codec_of(hint).from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +219,7 @@ def test_what_is_stored_wrongly_is_refused(text: str, hint: Any, complaint: str)
 )
 def test_what_does_not_fit_its_type_is_not_stored(value: Any, hint: Any) -> None:
     with pytest.raises(CodecError):
-        to_json(value, hint)
+        codec_of(hint).to_json(value)
 
 
 @pytest.mark.parametrize("hint", [set[str], dict[str, int], tuple[int, str], int | str, "Machine"])

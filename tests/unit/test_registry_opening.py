@@ -189,12 +189,15 @@ async def test_a_file_that_is_no_database_is_refused_with_the_remedy(path: Path)
     assert "move forkpoint.db, forkpoint.db-wal and forkpoint.db-shm away" in message
 
 
-async def test_a_damaged_file_is_refused_with_the_remedy(path: Path) -> None:
+@pytest.mark.parametrize("first_damaged", [1, -1], ids=["all but the header", "one page of rows"])
+async def test_a_damaged_file_is_refused_with_the_remedy(path: Path, first_damaged: int) -> None:
+    """Also where the damage is in rows that opening has no need to look at."""
     await fill(path, *(f"sb-{index}" for index in range(300)))
     whole = contents(path)
     assert whole is not None
     pages = [whole[start : start + 4096] for start in range(0, len(whole), 4096)]
-    write(path, pages[0] + b"".join(b"\xa5" * 64 + page[64:] for page in pages[1:]))
+    pages[first_damaged:] = [b"\xa5" * 64 + page[64:] for page in pages[first_damaged:]]
+    write(path, b"".join(pages))
     message = await refusal(path)
     assert "damaged" in message
     assert "backup" in message

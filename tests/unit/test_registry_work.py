@@ -10,12 +10,14 @@ import pytest
 from forkpointd.model import (
     Branch,
     BranchStage,
+    BranchView,
     DirtyBase,
     Fork,
     ForkChild,
     ForkChildState,
     ForkpointError,
     ForkStage,
+    Page,
     Problem,
     Reason,
     SandboxState,
@@ -180,6 +182,31 @@ async def test_branches_are_listed_by_source_and_stage(registry: Registry) -> No
     page = await registry.list_branches(page_size=1, sandbox_id="sb-1", after=page.next_position)
     assert [row.branch_id for row in page.items] == ["br-3"]
     assert page.next_position is None
+
+
+async def test_a_view_holds_what_the_branch_made_and_nothing_of_another(
+    registry: Registry,
+) -> None:
+    failed = branch("br-1", snapshot_id="snap-1", stage=BranchStage.FAILED)
+    work = branch("br-2", snapshot_id="snap-1", stage=BranchStage.FINALIZING, fork_id="f")
+    made, children = snapshot("snap-1", branch_id="br-2"), fork("f", snapshot_id="snap-1")
+    await registry.insert_branch(failed)
+    await registry.insert_branch(work, children)
+    assert await registry.get_branch_view("br-2") == BranchView(work, None, children)
+    work = later(work, BranchStage.FORKING)
+    await registry.put_branch(work, snapshot=made)
+    view = BranchView(work, made, children)
+    assert await registry.get_branch_view("br-1") == BranchView(failed, None, None)
+    assert await registry.get_branch_view("br-2") == view
+    assert await registry.get_branch_view("br-3") is None
+    await registry.mark_snapshot_deleted("snap-1")
+    gone = replace(view, snapshot=replace(made, deleted=True))
+    page = await registry.list_branch_views(page_size=1)
+    assert page.items == (BranchView(failed, None, None),)
+    page = await registry.list_branch_views(page_size=1, after=page.next_position)
+    assert page == Page((gone,), None)
+    page = await registry.list_branch_views(page_size=9, stages=frozenset({BranchStage.FAILED}))
+    assert [each.branch for each in page.items] == [failed]
 
 
 @pytest.mark.parametrize("stage", list(BranchStage))

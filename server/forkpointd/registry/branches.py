@@ -5,6 +5,7 @@ from __future__ import annotations
 from forkpointd.model import (
     Branch,
     BranchStage,
+    BranchView,
     Fork,
     Page,
     Reason,
@@ -65,6 +66,35 @@ def put(
 def get(connection: Connection, branch_id: str) -> Branch | None:
     """One branch."""
     return BRANCHES.get(connection, branch_id)
+
+
+def view(connection: Connection, branch: Branch) -> BranchView:
+    """A branch with its snapshot (also once that was deleted) and its fork, of one moment.
+
+    A snapshot of the same id that another branch made is not this branch's."""
+    snapshot = snapshots.get(connection, branch.snapshot_id, include_deleted=True)
+    if snapshot is not None and snapshot.branch_id != branch.branch_id:
+        snapshot = None
+    fork = None if branch.fork_id is None else forks.get(connection, branch.fork_id)
+    return BranchView(branch, snapshot, fork)
+
+
+def get_view(connection: Connection, branch_id: str) -> BranchView | None:
+    """One branch with what belongs to it."""
+    branch = get(connection, branch_id)
+    return None if branch is None else view(connection, branch)
+
+
+def list_views(
+    connection: Connection,
+    page_size: int,
+    after: Position | None,
+    sandbox_id: str | None,
+    stages: frozenset[BranchStage],
+) -> Page[BranchView]:
+    """As `list_some`, each with what belongs to it."""
+    page = list_some(connection, page_size, after, sandbox_id, stages)
+    return Page(tuple(view(connection, branch) for branch in page.items), page.next_position)
 
 
 def list_some(

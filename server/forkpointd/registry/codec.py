@@ -38,22 +38,19 @@ class Codec:
     scalar: bool
     """Whether the plain form (or None) is a value that a column holds as it is."""
 
+    def to_json(self, value: object) -> str:
+        """The JSON text of a value. Raises `CodecError`."""
+        return _ENCODER.encode(self.encode(value))
 
-def to_json(value: object, hint: Any) -> str:
-    """The JSON text of a value of type `hint`. Raises `CodecError`."""
-    # Non-ASCII is escaped: so a path whose bytes are no UTF-8 (lone surrogates) can be stored too.
-    return json.dumps(codec_of(hint).encode(value), separators=(",", ":"), allow_nan=False)
-
-
-def from_json(text: str, hint: Any) -> Any:
-    """The value of type `hint` that `to_json` made `text` of. Raises `CodecError`."""
-    try:
-        plain = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise CodecError("nested too deeply") from error
-    except json.JSONDecodeError as error:
-        raise CodecError(f"not JSON: {error}") from error
-    return codec_of(hint).decode(plain)
+    def from_json(self, text: str) -> Any:
+        """The value that `to_json` made `text` of. Raises `CodecError`."""
+        try:
+            plain = _DECODER.decode(text)
+        except RecursionError as error:
+            raise CodecError("nested too deeply") from error
+        except json.JSONDecodeError as error:
+            raise CodecError(f"not JSON: {error}") from error
+        return self.decode(plain)
 
 
 def instant_text(at: datetime) -> str:
@@ -154,6 +151,8 @@ def _decode_mapping(plain: Plain) -> dict[str, str]:
 
 
 def _enum(kind: type[StrEnum]) -> Codec:
+    members = {member.value: member for member in kind}
+
     def encode(value: Any) -> str:
         if not isinstance(value, kind):
             raise CodecError(f"{value!r} is no {kind.__name__}")
@@ -161,9 +160,9 @@ def _enum(kind: type[StrEnum]) -> Codec:
 
     def decode(plain: Plain) -> StrEnum:
         try:
-            return kind(_text(plain))
-        except ValueError as error:
-            raise CodecError(f"{plain!r} is no {kind.__name__}") from error
+            return members[_text(plain)]
+        except KeyError:
+            raise CodecError(f"{plain!r} is no {kind.__name__}") from None
 
     return Codec(encode, decode, scalar=True)
 
@@ -206,10 +205,13 @@ def _object(kind: type[Any]) -> Codec:
     def encode(value: Any) -> dict[str, Plain]:
         if type(value) is not kind:
             raise CodecError(f"{value!r} is no {kind.__name__}")
-        return {
-            name: _at(f"{kind.__name__}.{name}", codec.encode, getattr(value, name))
-            for name, codec in codecs.items()
-        }
+        plain = {}
+        for name, codec in codecs.items():
+            try:
+                plain[name] = codec.encode(getattr(value, name))
+            except CodecError as error:
+                raise CodecError(f"{kind.__name__}.{name}: {error}") from error
+        return plain
 
     def decode(plain: Plain) -> Any:
         if not isinstance(plain, dict):
@@ -219,22 +221,15 @@ def _object(kind: type[Any]) -> Codec:
             raise CodecError(
                 f"{kind.__name__}: unknown fields {sorted(unknown)}, missing {sorted(missing)}"
             )
-        return kind(
-            **{
-                name: _at(f"{kind.__name__}.{name}", codecs[name].decode, item)
-                for name, item in plain.items()
-            }
-        )
+        values = {}
+        for name, item in plain.items():
+            try:
+                values[name] = codecs[name].decode(item)
+            except CodecError as error:
+                raise CodecError(f"{kind.__name__}.{name}: {error}") from error
+        return kind(**values)
 
     return Codec(encode, decode, scalar=False)
-
-
-def _at(place: str, convert: Callable[[Any], Any], value: Any) -> Any:
-    """Converts, and names the place where it fails."""
-    try:
-        return convert(value)
-    except CodecError as error:
-        raise CodecError(f"{place}: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -246,3 +241,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise CodecError(f"{text} is no number")
+
+
+# Made once: `json.dumps` and `json.loads` make one a call when anything is asked of them. Non-ASCII
+# is escaped, so a path whose bytes are no UTF-8 (lone surrogates) can be stored too.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)

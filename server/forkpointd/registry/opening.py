@@ -53,11 +53,9 @@ def connect_writer(path: Path) -> sqlite3.Connection:
 def connect_reader(path: Path) -> sqlite3.Connection:
     """Opens the file for reading, beside an open writer."""
     try:
-        connection = _connect(path, "ro")
-        connection.execute("PRAGMA query_only = ON")
+        return _connect(path, "ro")
     except sqlite3.Error as error:
         raise _unusable(path, f"it can't be read: {error}") from error
-    return connection
 
 
 def _make(path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TypeVar
 from forkpointd.model import (
     Branch,
     BranchStage,
+    BranchView,
     Fork,
     Page,
     RememberedRequest,
@@ -227,6 +228,22 @@ class Registry:
         """A page of those of this source (None: any) in one of `stages` (none: any)."""
         return await self.read(
             lambda c: branches.list_some(c, page_size, after, sandbox_id, stages)
+        )
+
+    async def get_branch_view(self, branch_id: str) -> BranchView | None:
+        """One branch with its snapshot (also a deleted one) and its fork, all of one moment."""
+        return await self.read(lambda c: branches.get_view(c, branch_id))
+
+    async def list_branch_views(
+        self,
+        page_size: int,
+        after: Position | None = None,
+        sandbox_id: str | None = None,
+        stages: frozenset[BranchStage] = frozenset(),
+    ) -> Page[BranchView]:
+        """As `list_branches`, each with its snapshot and its fork, all of one moment."""
+        return await self.read(
+            lambda c: branches.list_views(c, page_size, after, sandbox_id, stages)
         )
 
     async def unfinished_branches(self) -> list[Branch]:

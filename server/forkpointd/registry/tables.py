@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
-from forkpointd.registry.codec import Codec, CodecError, codec_of, from_json, to_json
+from forkpointd.registry.codec import Codec, CodecError, codec_of
 from forkpointd.registry.errors import RegistryDamaged
 
 T = TypeVar("T")
@@ -103,7 +103,6 @@ class _Column:
     """How one field's value lies in its column."""
 
     def __init__(self, hint: Any) -> None:
-        self._hint = hint
         self._codec: Codec = codec_of(hint)
         self._optional = type(None) in typing.get_args(hint)
         self._bool = hint is bool
@@ -112,7 +111,7 @@ class _Column:
         if self._bool:
             return int(self._codec.encode(value))
         if not self._codec.scalar:
-            return None if value is None and self._optional else to_json(value, self._hint)
+            return None if value is None and self._optional else self._codec.to_json(value)
         plain = self._codec.encode(value)
         if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
             raise CodecError(f"{plain} is beyond 64 bits")
@@ -130,4 +129,4 @@ class _Column:
             return self._codec.decode(value)
         if not isinstance(value, str):
             raise CodecError(f"{value!r} is no JSON text")
-        return from_json(value, self._hint)
+        return self._codec.from_json(value)

@@ -11,8 +11,8 @@ from .body import (
     anything,
     boolean,
     defaulted,
-    list_of,
     optional,
+    sequence,
     string,
     unexpected,
     unsigned,
@@ -60,6 +60,17 @@ MACHINE_UPDATE: Final = Struct(
         "huge_pages": optional(_HUGE_PAGES),
     },
 )
+_TOKEN_BUCKET = Struct(
+    "TokenBucketConfig",
+    {
+        "size": Field(unsigned("u64", 64)),
+        "one_time_burst": optional(unsigned("u64", 64)),
+        "refill_time": Field(unsigned("u64", 64)),
+    },
+)
+_RATE_LIMITER = Struct(
+    "RateLimiterConfig", {"bandwidth": optional(_TOKEN_BUCKET), "ops": optional(_TOKEN_BUCKET)}
+)
 DRIVE: Final = Struct(
     "BlockDeviceConfig",
     {
@@ -69,7 +80,7 @@ DRIVE: Final = Struct(
         "cache_type": defaulted(variant("Unsafe", "Writeback")),
         "is_read_only": optional(boolean),
         "path_on_host": optional(string),
-        "rate_limiter": optional(anything),
+        "rate_limiter": optional(_RATE_LIMITER),
         "io_engine": optional(variant("Sync", "Async")),
         "socket": optional(string),
     },
@@ -79,7 +90,7 @@ DRIVE_UPDATE: Final = Struct(
     {
         "drive_id": Field(string),
         "path_on_host": optional(string),
-        "rate_limiter": optional(anything),
+        "rate_limiter": optional(_RATE_LIMITER),
     },
 )
 METRICS: Final = Struct("MetricsConfig", {"metrics_path": Field(_path)}, closed=False)
@@ -110,38 +121,15 @@ _MEM_BACKEND = Struct(
     "MemBackendConfig",
     {"backend_path": Field(_path), "backend_type": Field(variant("File", "Uffd"))},
 )
-_NETWORK_OVERRIDE = Struct(
-    "NetworkOverride",
-    {"iface_id": Field(string), "host_dev_name": Field(string)},
-    closed=False,
-)
 SNAPSHOT_LOAD: Final = Struct(
     "LoadSnapshotConfig",
     {
         "snapshot_path": Field(_path),
         "mem_file_path": optional(_path),
-        "mem_backend": optional(_MEM_BACKEND.check),
+        "mem_backend": optional(_MEM_BACKEND),
         "enable_diff_snapshots": defaulted(boolean),
         "resume_vm": defaulted(boolean),
-        "network_overrides": defaulted(list_of(_NETWORK_OVERRIDE)),
-    },
-)
-VSOCK: Final = Struct(
-    "VsockDeviceConfig",
-    {
-        "vsock_id": optional(string),
-        "guest_cid": Field(unsigned("u32", 32)),
-        "uds_path": Field(string),
-    },
-)
-NETWORK: Final = Struct(
-    "NetworkInterfaceConfig",
-    {
-        "iface_id": Field(string),
-        "host_dev_name": Field(string),
-        "guest_mac": optional(string),
-        "rx_rate_limiter": optional(anything),
-        "tx_rate_limiter": optional(anything),
+        "network_overrides": defaulted(sequence),
     },
 )
 FAULTS: Final = Struct("Faults", {"rules": Field(anything)})

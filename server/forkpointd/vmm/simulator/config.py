@@ -111,7 +111,7 @@ class MachineConfig:
             "cache_type": body.get("cache_type", "Unsafe"),
             "is_read_only": body.get("is_read_only", False),
             "path_on_host": body.get("path_on_host"),
-            "rate_limiter": body.get("rate_limiter"),
+            "rate_limiter": _rate_limiter(body.get("rate_limiter")),
             "io_engine": body.get("io_engine", "Sync"),
             "socket": None,
         }
@@ -168,6 +168,14 @@ class MachineConfig:
         for drive in config.drives:
             open_drive(drive, "Failed to build microVM from snapshot: Failed to restore devices")
         return config
+
+
+def _rate_limiter(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """As GET /vm/config shows it: what was left out is null."""
+    if given is None:
+        return None
+    bucket = {"size": None, "one_time_burst": None, "refill_time": None}
+    return {name: given.get(name) and bucket | given[name] for name in ("bandwidth", "ops")}
 
 
 def open_drive(drive: dict[str, Any], what: str) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 ENVIRONMENT: Final = "FORKPOINT_SIMULATOR_FAULTS"
@@ -43,36 +42,45 @@ class RefusedRequest(Exception):
     """The request is not run; the text is its fault_message."""
 
 
-@dataclass
 class Rule:
     """One rule; see the package's docstring."""
 
-    at: str
-    do: str
-    nth: int = 1
-    times: int = 1
-    errno: str = "ENOSPC"
-    after_pages: int = 0
-    ms: float = 0
-    code: int = 1
-    message: str = "refused by a simulated fault"
-    seen: int = 0
-    applied: int = 0
+    def __init__(
+        self,
+        *,
+        at: str,
+        do: str,
+        nth: int = 1,
+        times: int = 1,
+        errno: str = "ENOSPC",
+        after_pages: int = 0,
+        ms: float = 0,
+        code: int = 1,
+        message: str = "refused by a simulated fault",
+    ) -> None:
+        self.at, self.do = at, do
+        self.nth, self.times = nth, times
+        self.errno, self.after_pages = errno, after_pages
+        self.ms, self.code, self.message = ms, code, message
+        self.seen = self.applied = 0
 
     @classmethod
     def parse(cls, rule: Any) -> Rule:
         """From JSON. Raises FaultRuleError."""
-        if not isinstance(rule, Mapping) or not {"at", "do"} <= rule.keys():
-            raise FaultRuleError(f"a rule is an object with at and do, not {rule!r}")
-        known = {f.name for f in fields(cls)} - {"seen", "applied"}
-        if unknown := rule.keys() - known:
-            raise FaultRuleError(f"unknown in a rule: {', '.join(sorted(unknown))}")
-        made = cls(**rule)
+        if not isinstance(rule, Mapping):
+            raise FaultRuleError(f"a rule is an object, not {rule!r}")
+        try:
+            made = cls(**rule)
+        except TypeError as error:  # at or do is missing, or something is unknown
+            raise FaultRuleError(str(error).removeprefix("Rule.__init__() ")) from error
+        numbers: tuple[Any, ...] = made.nth, made.times, made.after_pages, made.ms, made.code
+        if any(not isinstance(n, (int, float)) or n < 0 for n in numbers):
+            raise FaultRuleError("nth, times, after_pages, ms and code are numbers from 0 on")
         if made.at not in POINTS:
             raise FaultRuleError(f"unknown point {made.at!r}: one of {', '.join(POINTS)}")
         if made.do not in POINTS[made.at]:
             raise FaultRuleError(f"at {made.at} one of {', '.join(POINTS[made.at])}")
-        if not isinstance(getattr(errno, made.errno, None), int):
+        if not isinstance(getattr(errno, str(made.errno), None), int):
             raise FaultRuleError(f"unknown errno {made.errno!r}")
         return made
 
@@ -115,7 +123,7 @@ class Faults:
 
     def as_json(self) -> list[dict[str, Any]]:
         """The rules with how often each was reached (`seen`) and applied."""
-        return [asdict(rule) for rule in self.rules]
+        return [vars(rule) for rule in self.rules]
 
     def reach(self, point: str) -> Rule | None:
         """Does at this point what the rules say.

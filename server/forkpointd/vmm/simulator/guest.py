@@ -12,7 +12,6 @@ import operator
 import struct
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final
 
 from .memory import PAGE_BYTES, WORDS_PER_PAGE, GuestMemory
@@ -28,62 +27,64 @@ _STEP_PAGES: Final = 256
 _LINE_BYTES: Final = 64
 """Of a longer line only so much is kept: no number of that length is in range."""
 _MAGIC: Final = b"WITNESS1"
-_STATE: Final = struct.Struct(f"<8s4sI12QI{_LINE_BYTES}s")
+_NUMBERS: Final = (
+    "generation",
+    "commands",
+    "first",
+    "count",
+    "cursor",
+    "lowest",
+    "highest",
+    "changes",
+    "misplaced",
+    "before",
+    "last_tick",
+    "longest_gap",
+)
+_STATE: Final = struct.Struct(f"<8s1s{len(_NUMBERS)}QI{_LINE_BYTES}s")
 _NONE: Final = (1 << 64) - 1
 
 # What the guest is doing; D, P, Z, V, F and W are the commands' letters.
 READING: Final = "-"
 HALTED: Final = "H"
+CRASHED: Final = "!"
 
 
-@dataclass
 class GuestState:
     """What the block in guest memory holds."""
 
-    doing: str = READING
-    generation: int = 0
-    commands: int = 0
-    first: int = 0  # the command's arguments, in pages
-    count: int = 0
-    cursor: int = 0  # pages of the command done so far
-    lowest: int = 0  # v
-    highest: int = 0
-    changes: int = 0
-    misplaced: int = 0
-    before: int = 0
-    last_tick: int = 0  # f and w, in TSC cycles
-    longest_gap: int = 0
-    line: bytearray = field(default_factory=bytearray)
+    def __init__(self) -> None:
+        self.doing = READING
+        self.generation = 0
+        self.commands = 0
+        self.first = 0  # the command's arguments, in pages
+        self.count = 0
+        self.cursor = 0  # pages of the command done so far
+        self.lowest = 0  # v
+        self.highest = 0
+        self.changes = 0
+        self.misplaced = 0
+        self.before = 0
+        self.last_tick = 0  # f and w, in TSC cycles
+        self.longest_gap = 0
+        self.line = bytearray()
 
     def pack(self) -> bytes:
         """As the block in guest memory."""
-        return _STATE.pack(
-            _MAGIC,
-            self.doing.encode(),
-            0,
-            self.generation,
-            self.commands,
-            self.first,
-            self.count,
-            self.cursor,
-            self.lowest,
-            self.highest,
-            self.changes,
-            self.misplaced,
-            self.before,
-            self.last_tick,
-            self.longest_gap,
-            len(self.line),
-            bytes(self.line),
-        )
+        numbers = [getattr(self, name) for name in _NUMBERS]
+        doing = self.doing.encode()
+        return _STATE.pack(_MAGIC, doing, *numbers, len(self.line), bytes(self.line))
 
     @classmethod
     def unpack(cls, block: memoryview) -> GuestState | None:
         """From the block in guest memory; None where there is none."""
-        magic, doing, _, *numbers, length, line = _STATE.unpack_from(block)
+        magic, doing, *numbers, length, line = _STATE.unpack_from(block)
         if magic != _MAGIC:
             return None
-        state = cls(doing.rstrip(b"\0").decode(), *numbers)
+        state = cls()
+        state.doing = doing.decode()
+        for name, number in zip(_NUMBERS, numbers, strict=True):
+            setattr(state, name, number)
         state.line += line[:length]
         return state
 
@@ -106,13 +107,14 @@ class WitnessGuest:
         """A fresh guest; says READY."""
         self._say(b"READY\n")
 
-    def restore(self) -> bool:
-        """Takes its state from guest memory. False where that holds no guest: it is halted."""
+    def restore(self) -> None:
+        """Takes its state from guest memory; without one there, the next interrupt ends it."""
         block = self._memory.bytes[STATE_PAGE * PAGE_BYTES : (STATE_PAGE + 1) * PAGE_BYTES]
         state = GuestState.unpack(block)
-        self.state = state or GuestState(doing=HALTED)
-        self._stored = self.state.pack() if state else b""
-        return state is not None
+        self.state = state or GuestState()
+        if state is None:
+            self.state.doing = CRASHED
+        self._stored = self.state.pack()
 
     def store(self) -> None:
         """Puts its state into guest memory; dirties that page only where something changed."""
@@ -142,6 +144,11 @@ class WitnessGuest:
     def halted(self) -> bool:
         """It does nothing any more."""
         return self.state.doing == HALTED
+
+    @property
+    def crashed(self) -> bool:
+        """It ran into a triple fault."""
+        return self.state.doing == CRASHED
 
     # --- input -------------------------------------------------------------------------------
 
@@ -207,6 +214,9 @@ class WitnessGuest:
     def step(self) -> None:
         """A little of a command that takes long."""
         state = self.state
+        if state.doing == "F" and state.cursor == state.count:
+            state.generation += 1  # a new round
+            state.cursor = 0
         first, count = state.first + state.cursor, min(_STEP_PAGES, state.count - state.cursor)
         if count:
             if state.doing == "V":
@@ -218,7 +228,7 @@ class WitnessGuest:
             state.cursor += count
         if state.doing == "F":
             self.tick()
-        if state.cursor == state.count:
+        elif state.cursor == state.count:
             self._end()
 
     def tick(self, allowance: int = 0) -> None:
@@ -230,10 +240,7 @@ class WitnessGuest:
     def _end(self) -> None:
         state = self.state
         mib = state.count // PAGES_PER_MIB
-        if state.doing == "F":
-            state.generation += 1
-            state.cursor = 0
-        elif state.doing == "D":
+        if state.doing == "D":
             self._done("D", mib, state.generation)
         elif state.doing == "V":
             lowest = state.lowest if state.count else 0

@@ -17,7 +17,6 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 BUFFER_BYTES: Final = 1024
@@ -34,21 +33,21 @@ _FULL: Final = (
 _CONTINUE: Final = b"HTTP/1.1 100 \r\n" + _SERVER + b"Connection: keep-alive\r\n\r\n"
 
 
-@dataclass
 class Request:
     """One request; `body` is None where there was none."""
 
-    method: str
-    path: str
-    body: bytes | None = None
+    def __init__(self, method: str, path: str) -> None:
+        self.method = method
+        self.path = path
+        self.body: bytes | None = None
 
 
-@dataclass(frozen=True)
 class Response:
     """Status, and the body as JSON or as it is."""
 
-    status: int
-    body: Any = None
+    def __init__(self, status: int, body: Any = None) -> None:
+        self.status = status
+        self.body = body
 
     def encode(self) -> bytes:
         """The bytes that go over the wire."""
@@ -181,13 +180,13 @@ def _request_line(line: bytes) -> Request:
     return Request(method, uri if uri.startswith("/") else "")
 
 
-@dataclass
 class _Connection:
-    socket: socket.socket
-    parser: RequestParser
-    closed: bool = False
-    in_flight: int = 0
-    answers: deque[bytes] = field(default_factory=deque)
+    def __init__(self, client: socket.socket, max_body_bytes: int) -> None:
+        self.socket = client
+        self.parser = RequestParser(max_body_bytes)
+        self.closed = False
+        self.in_flight = 0
+        self.answers: deque[bytes] = deque()
 
 
 Handler = Callable[[Request], Response | None]
@@ -201,6 +200,7 @@ class Server:
         self._handler = handler
         self._max_body_bytes = max_body_bytes
         self._connections: dict[int, _Connection] = {}
+        self._woken_by: set[int] = set()
         self._epoll = select.epoll()
         self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
@@ -210,6 +210,8 @@ class Server:
         for fd, events in self._epoll.poll(timeout_s, MAX_CONNECTIONS + 2):
             if fd == self._listener.fileno():
                 self._accept()
+                continue
+            if fd in self._woken_by:
                 continue
             connection = self._connections[fd]
             if events & (select.EPOLLERR | select.EPOLLHUP | select.EPOLLRDHUP):
@@ -226,6 +228,11 @@ class Server:
             if response is not None and not connection.closed:
                 self._answer(connection, response.encode())
 
+    def wake_by(self, fd: int) -> None:
+        """Lets `serve_once` return, too, when this descriptor becomes readable."""
+        self._woken_by.add(fd)
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
     def flush(self) -> None:
         """Writes what answers there are; for just before the end."""
         for connection in self._connections.values():
@@ -239,9 +246,7 @@ class Server:
                 client.send(_FULL)
             return
         client.setblocking(False)
-        self._connections[client.fileno()] = _Connection(
-            client, RequestParser(self._max_body_bytes)
-        )
+        self._connections[client.fileno()] = _Connection(client, self._max_body_bytes)
         self._epoll.register(client.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
     def _read(self, connection: _Connection) -> list[Request]:
@@ -275,10 +280,8 @@ class Server:
         data = connection.answers[0]
         try:
             sent = connection.socket.send(data)
-        except BlockingIOError:
-            return
-        except OSError:
-            connection.closed = True  # the client is gone, and with it who would read this
+        except OSError:  # gone, or so slow that nothing fits: micro_http drops both alike
+            connection.closed = True
             connection.answers.clear()
             return
         if sent < len(data):

@@ -42,6 +42,16 @@ class Machine:
         self._memory: GuestMemory | None = None
         self._vcpu: Vcpu | None = None
 
+    @property
+    def shutdown_event(self) -> int | None:
+        """A descriptor that becomes readable when the guest crashed; None before the start."""
+        return None if self._vcpu is None else self._vcpu.shutdown_event
+
+    @property
+    def shut_down(self) -> bool:
+        """The guest crashed, and with it the machine is over."""
+        return self._vcpu is not None and self._vcpu.shut_down
+
     def before_start(self) -> None:
         """Raises Fault for what is only possible before the start."""
         if self.state is not State.NOT_STARTED:
@@ -153,8 +163,7 @@ class Machine:
                 f"Load snapshot error: Failed to restore from snapshot: {fault}"
             ) from fault
         self._memory, self._vcpu = memory, Vcpu(memory, tsc_start=state["tsc"])
-        if not self._vcpu.restore():
-            self.journal.warn("The memory file holds no guest of this simulator: it stays halted.")
+        self._vcpu.restore()
         self.state = State.PAUSED
         if resume:
             self._vcpu.resume()

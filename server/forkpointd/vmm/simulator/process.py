@@ -136,9 +136,16 @@ def _serve(machine: Machine, listener: socket.socket, max_body_bytes: int) -> No
     api = Api(machine)
     server = Server(listener, api.handle, max_body_bytes)
     metrics = machine.metrics
+    woken_by: int | None = None
     while True:
         due = metrics.due_s
         server.serve_once(None if due is None else max(0.0, due - time.monotonic()))
+        if woken_by is None and (woken_by := machine.shutdown_event) is not None:
+            server.wake_by(woken_by)
+        if machine.shut_down:
+            server.flush()
+            machine.journal.error("Unexpected exit reason on vcpu run: Shutdown", "fc_vcpu 0")
+            raise _Exit(0)
         if api.failed_load:
             server.flush()
             raise _Exit(

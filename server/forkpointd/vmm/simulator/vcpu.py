@@ -39,6 +39,10 @@ class Vcpu:
         self._input = b""
         self._stdin_open = True
         self._polled_ns = 0
+        self.shut_down = False
+        """The guest crashed: the machine is over."""
+        self.shutdown_event: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Readable once `shut_down` is set."""
         self._thread = threading.Thread(target=self._run, name="vcpu", daemon=True)
 
     def tsc(self) -> int:
@@ -51,14 +55,13 @@ class Vcpu:
         self._guest.boot()
         self._thread.start()
 
-    def restore(self) -> bool:
-        """Starts the guest that guest memory holds, parked. False: there is none, it is halted."""
-        found = self._guest.restore()
+    def restore(self) -> None:
+        """Starts the guest that guest memory holds, parked."""
+        self._guest.restore()
         self._wanted = True
         self._thread.start()
         with self._change:
             self._change.wait_for(lambda: self._parked)
-        return found
 
     # --- the API thread ----------------------------------------------------------------------
 
@@ -85,6 +88,8 @@ class Vcpu:
             guest = self._guest
             if guest.halted:
                 self._wait(None, for_input=False)
+            elif guest.crashed:
+                self._crash()
             elif guest.reads:
                 self._take(self._byte(None))
             elif guest.watches:
@@ -103,6 +108,12 @@ class Vcpu:
             self._change.wait_for(lambda: not self._wanted)
             self._parked = False
             self._change.notify_all()
+
+    def _crash(self) -> None:
+        """Nothing is left of the guest but a hlt: what it is woken by, it can't survive."""
+        if self._wait(None, for_input=not self.shut_down):
+            self.shut_down = True
+            os.eventfd_write(self.shutdown_event, 1)
 
     def _watch(self) -> None:
         """One tick of `w`: sleeps instead of spinning, and doesn't count that as a gap."""

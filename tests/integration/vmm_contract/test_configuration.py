@@ -1,0 +1,385 @@
+"""Before the start: what is accepted, and in which words the rest is refused."""
+
+from typing import Any
+
+import pytest
+
+from tests.integration.vmm_contract.conftest import Vmms
+
+BODY = "An error occurred when deserializing the json body of a request: "
+VCPUS = (
+    "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 "
+    "or an even number if SMT is enabled."
+)
+MEMORY = (
+    "Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured "
+    "page size."
+)
+MACHINE_FIELDS = (
+    "`vcpu_count`, `mem_size_mib`, `smt`, `cpu_template`, `track_dirty_pages`, `huge_pages`"
+)
+DRIVE_FILE = (
+    "Drive config error: Unable to create the virtio block device: Virtio backend error: Error "
+    "manipulating the backing file: "
+)
+NOT_STARTED = "The requested operation is not supported before starting the microVM."
+
+
+def machine(**changes: Any) -> dict[str, Any]:
+    return {"vcpu_count": 1, "mem_size_mib": 128} | changes
+
+
+def drive(**changes: Any) -> dict[str, Any]:
+    body = {"drive_id": "a", "path_on_host": "disk", "is_root_device": False} | changes
+    return {name: value for name, value in body.items() if value is not None}
+
+
+REFUSED = [
+    # unknown places
+    ("GET", "/nope", None, "Invalid request method and/or path: GET nope."),
+    ("GET", "/actions", None, "Invalid request method and/or path: GET actions."),
+    ("GET", "/vm", None, "Invalid request method and/or path: GET vm."),
+    ("GET", "/vm/configx", None, "Invalid request method and/or path: GET vm."),
+    ("GET", "/", "{}", "GET request cannot have a body."),
+    ("PUT", "/", None, "Empty PUT request."),
+    ("PUT", "/nope", None, "Empty PUT request."),
+    ("PUT", "/nope", {}, "Invalid request method and/or path: PUT nope."),
+    ("PUT", "/vm", {}, "Invalid request method and/or path: PUT vm."),
+    ("PATCH", "/vm", None, "Empty PATCH request."),
+    ("PATCH", "/nope", {}, "Invalid request method and/or path: PATCH nope."),
+    ("PUT", "/snapshot", {}, "Missing snapshot operation type."),
+    ("PUT", "/snapshot/x", {}, "Invalid request method and/or path: PUT /snapshot/x."),
+    # boot source
+    ("PUT", "/boot-source", {}, f"{BODY}missing field `kernel_image_path` at line 1 column 2."),
+    (
+        "PUT",
+        "/boot-source",
+        {"kernel_image_path": "/nonexistent"},
+        (
+            "Boot source error: The kernel file cannot be opened: "
+            "No such file or directory (os error 2)"
+        ),
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        {"kernel_image_path": "/etc/passwd", "initrd_path": "/nonexistent"},
+        (
+            "Boot source error: The initrd file cannot be opened due to invalid path or invalid "
+            "permissions. No such file or directory (os error 2)"
+        ),
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        {"kernel_image_path": "/etc/passwd", "x": 1},
+        (
+            f"{BODY}unknown field `x`, expected one of `kernel_image_path`, `initrd_path`, "
+            "`boot_args` at line 1 column 40."
+        ),
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        {"kernel_image_path": 3},
+        f"{BODY}invalid type: integer `3`, expected a string at line 1 column 23.",
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        {"kernel_image_path": "/etc/passwd", "boot_args": "x" * 3000},
+        "Boot source error: The kernel command line is invalid: Invalid cmdline capacity provided.",
+    ),
+    # machine
+    ("PUT", "/machine-config", "{", f"{BODY}EOF while parsing an object at line 1 column 1."),
+    (
+        "PUT",
+        "/machine-config",
+        "null",
+        f"{BODY}invalid type: null, expected struct MachineConfig at line 1 column 4.",
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        "[]",
+        (
+            f"{BODY}invalid length 0, expected struct MachineConfig with 6 elements at line 1 "
+            "column 2."
+        ),
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        '{"vcpu_count":1,}',
+        f"{BODY}trailing comma at line 1 column 17.",
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        '{"vcpu_count":1,\n "vcpu_count":1}',
+        f"{BODY}duplicate field `vcpu_count` at line 2 column 13.",
+    ),
+    ("PUT", "/machine-config", {}, f"{BODY}missing field `vcpu_count` at line 1 column 2."),
+    (
+        "PUT",
+        "/machine-config",
+        {"vcpu_count": 1},
+        f"{BODY}missing field `mem_size_mib` at line 1 column 17.",
+    ),
+    ("PUT", "/machine-config", machine(vcpu_count=0), VCPUS),
+    ("PUT", "/machine-config", machine(vcpu_count=33), VCPUS),
+    ("PUT", "/machine-config", machine(vcpu_count=3, smt=True), VCPUS),
+    (
+        "PUT",
+        "/machine-config",
+        machine(vcpu_count=256),
+        f"{BODY}invalid value: integer `256`, expected u8 at line 1 column 18.",
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        machine(mem_size_mib=-1),
+        f"{BODY}invalid value: integer `-1`, expected usize at line 1 column 36.",
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        machine(mem_size_mib=1.5),
+        f"{BODY}invalid type: floating point `1.5`, expected usize at line 1 column 37.",
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        machine(mem_size_mib="128"),
+        f'{BODY}invalid type: string "128", expected usize at line 1 column 39.',
+    ),
+    ("PUT", "/machine-config", machine(mem_size_mib=0), MEMORY),
+    ("PUT", "/machine-config", machine(mem_size_mib=127, huge_pages="2M"), MEMORY),
+    (
+        "PUT",
+        "/machine-config",
+        machine(bogus=1),
+        f"{BODY}unknown field `bogus`, expected one of {MACHINE_FIELDS} at line 1 column 46.",
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        machine(track_dirty_pages="yes"),
+        f'{BODY}invalid type: string "yes", expected a boolean at line 1 column 65.',
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        machine(huge_pages="3M"),
+        f"{BODY}unknown variant `3M`, expected `None` or `2M` at line 1 column 57.",
+    ),
+    ("PATCH", "/machine-config", {}, "Empty PATCH request."),
+    ("PATCH", "/machine-config", {"vcpu_count": 0}, VCPUS),
+    # drives
+    ("PUT", "/drives/a", {}, f"{BODY}missing field `drive_id` at line 1 column 2."),
+    (
+        "PUT",
+        "/drives/a",
+        {"drive_id": "a"},
+        f"{BODY}missing field `is_root_device` at line 1 column 17.",
+    ),
+    (
+        "PUT",
+        "/drives/a",
+        drive(drive_id="b"),
+        "The id from the path does not match the id from the body!",
+    ),
+    (
+        "PUT",
+        "/drives/a",
+        drive(path_on_host="nope"),
+        f"{DRIVE_FILE}No such file or directory (os error 2) nope",
+    ),
+    (
+        "PUT",
+        "/drives/a",
+        drive(path_on_host="/tmp"),
+        f"{DRIVE_FILE}Is a directory (os error 21) /tmp",
+    ),
+    (
+        "PUT",
+        "/drives/a",
+        drive(cache_type="Bad"),
+        f"{BODY}unknown variant `Bad`, expected `Unsafe` or `Writeback` at line 1 column 86.",
+    ),
+    (
+        "PUT",
+        "/drives/a-b",
+        drive(drive_id="a-b"),
+        "API Resource IDs can only contain alphanumeric characters and underscores.",
+    ),
+    ("PUT", "/drives/", drive(drive_id=""), "The ID cannot be empty."),
+    ("PUT", "/drives", drive(), "The ID cannot be empty."),
+    # what needs a running machine
+    ("PATCH", "/drives/a", {"drive_id": "a", "path_on_host": "disk"}, NOT_STARTED),
+    ("PUT", "/actions", {"action_type": "FlushMetrics"}, NOT_STARTED),
+    ("PUT", "/actions", {"action_type": "SendCtrlAltDel"}, NOT_STARTED),
+    ("PATCH", "/vm", {"state": "Paused"}, NOT_STARTED),
+    ("PATCH", "/vm", {"state": "Resumed"}, NOT_STARTED),
+    ("PUT", "/snapshot/create", {"snapshot_path": "v", "mem_file_path": "m"}, NOT_STARTED),
+    # actions, states and snapshots that are none
+    ("PUT", "/actions", {}, f"{BODY}missing field `action_type` at line 1 column 2."),
+    (
+        "PUT",
+        "/actions",
+        {"action_type": "Nope"},
+        (
+            f"{BODY}unknown variant `Nope`, expected one of `FlushMetrics`, `InstanceStart`, "
+            "`SendCtrlAltDel` at line 1 column 22."
+        ),
+    ),
+    (
+        "PUT",
+        "/actions",
+        {"action_type": "InstanceStart", "payload": "x"},
+        f"{BODY}unknown field `payload`, expected `action_type` at line 1 column 42.",
+    ),
+    ("PATCH", "/vm", {}, f"{BODY}missing field `state` at line 1 column 2."),
+    (
+        "PATCH",
+        "/vm",
+        {"state": "Nope"},
+        f"{BODY}unknown variant `Nope`, expected `Paused` or `Resumed` at line 1 column 16.",
+    ),
+    (
+        "PUT",
+        "/snapshot/create",
+        {"snapshot_path": "v"},
+        f"{BODY}missing field `mem_file_path` at line 1 column 22.",
+    ),
+    (
+        "PUT",
+        "/snapshot/create",
+        {"snapshot_type": "X", "snapshot_path": "v", "mem_file_path": "m"},
+        f"{BODY}unknown variant `X`, expected `Diff` or `Full` at line 1 column 21.",
+    ),
+    (
+        "PUT",
+        "/snapshot/load",
+        {"snapshot_path": "v"},
+        f"{BODY}missing field: either `mem_backend` or `mem_file_path` is required.",
+    ),
+    (
+        "PUT",
+        "/snapshot/load",
+        {"snapshot_path": "v", "mem_backend": {"backend_type": "Nope", "backend_path": "x"}},
+        f"{BODY}unknown variant `Nope`, expected `File` or `Uffd` at line 1 column 61.",
+    ),
+]
+
+
+def test_what_is_refused_before_the_start_and_in_which_words(vmms: Vmms) -> None:
+    vm = vmms.new()
+    (vm.folder / "disk").write_bytes(bytes(1 << 20))
+    told = {
+        (method, path, str(body)): vm.api(method, path, body).fault
+        for method, path, body, _ in REFUSED
+    }
+    assert told == {(method, path, str(body)): text for method, path, body, text in REFUSED}
+    assert vm.state == "Not started", "nothing of it did any harm"
+
+
+def test_a_new_vmm_tells_what_it_is(vmms: Vmms) -> None:
+    vm = vmms.new()
+    told = vm.get("/")
+    assert told["id"] == "vm0"
+    assert told["state"] == "Not started"
+    assert told["vmm_version"] == vmms.binary.version
+    assert vm.get("/version") == {"firecracker_version": told["vmm_version"]}
+    assert ("simulator" in told["app_name"]) is vmms.simulated
+    assert ("simulator" in told["vmm_version"]) is vmms.simulated
+    assert vm.get("/machine-config") == {
+        "vcpu_count": 1,
+        "mem_size_mib": 128,
+        "smt": False,
+        "track_dirty_pages": False,
+        "huge_pages": "None",
+    }
+
+
+def test_a_configuration_is_kept_as_it_was_given(vmms: Vmms) -> None:
+    vm = vmms.new()
+    for name in ("root", "data"):
+        (vm.folder / name).write_bytes(bytes(4096))
+    vm.do("PUT", "/boot-source", {"kernel_image_path": "/etc/passwd", "boot_args": "ünï"})
+    vm.do("PUT", "/machine-config", machine(vcpu_count=2, smt=True, track_dirty_pages=True))
+    vm.do("PATCH", "/machine-config", {"mem_size_mib": 256})
+    vm.do("PUT", "/drives/data", drive(drive_id="data", path_on_host="data"))
+    root = drive(drive_id="root", path_on_host="root", is_root_device=True, is_read_only=True)
+    vm.do("PUT", "/drives/root", root)
+    vm.do("PUT", "/drives/data", drive(drive_id="data", path_on_host="data", io_engine="Sync"))
+    second = vm.api("PUT", "/drives/x", root | {"drive_id": "x"})
+    assert second.fault == "Drive config error: A root block device already exists!"
+
+    config = vm.get("/vm/config")
+    assert config["boot-source"] == {
+        "kernel_image_path": "/etc/passwd",
+        "initrd_path": None,
+        "boot_args": "ünï",
+    }
+    assert config["machine-config"] == vm.get("/machine-config")
+    assert config["machine-config"]["mem_size_mib"] == 256
+    assert config["machine-config"]["vcpu_count"] == 2
+    assert [d["drive_id"] for d in config["drives"]] == ["root", "data"], "the root comes first"
+    assert config["drives"][0] == {
+        "drive_id": "root",
+        "partuuid": None,
+        "is_root_device": True,
+        "cache_type": "Unsafe",
+        "is_read_only": True,
+        "path_on_host": "root",
+        "rate_limiter": None,
+        "io_engine": "Sync",
+        "socket": None,
+    }
+
+
+def test_metrics_go_to_one_file(vmms: Vmms) -> None:
+    vm = vmms.new()
+    (vm.folder / "metrics").touch()
+    vm.do("PUT", "/metrics", {"metrics_path": "metrics"})
+    again = vm.api("PUT", "/metrics", {"metrics_path": "metrics"})
+    assert again.fault == (
+        "Metrics error: Cannot initialize the metrics system due to bad user input: "
+        "Reinitialization of metrics not allowed."
+    )
+
+
+def test_a_metrics_file_that_is_not_there(vmms: Vmms) -> None:
+    """1.12 wants it to exist, newer ones make it."""
+    vm = vmms.new()
+    reply = vm.api("PUT", "/metrics", {"metrics_path": "new"})
+    if vmms.version < (1, 13):
+        assert reply.fault.endswith("bad user input: No such file or directory (os error 2)")
+    else:
+        assert reply.status == 204
+
+
+@pytest.mark.parametrize(
+    ("kernel", "memory_mib", "told"),
+    [
+        (None, 128, "Cannot start microvm without kernel configuration."),
+        ("/etc/passwd", 128, "Kernel Loader: Invalid Elf magic number"),
+        ("/dev/null", 128, "Kernel Loader: Unable to read elf header"),
+        ("/tmp", 128, "Kernel Loader: Unable to read elf header"),
+        ("witness", 1, "Kernel Loader: Unable to read kernel image"),
+        ("witness", 10**9, "Cannot create mmap region: "),
+    ],
+)
+def test_a_machine_that_cannot_start(
+    vmms: Vmms, kernel: str | None, memory_mib: int, told: str
+) -> None:
+    vm = vmms.new()
+    if kernel is not None:
+        path = str(vmms.kernel) if kernel == "witness" else kernel
+        vm.do("PUT", "/boot-source", {"kernel_image_path": path})
+    vm.do("PUT", "/machine-config", machine(mem_size_mib=memory_mib))
+    fault = vm.api("PUT", "/actions", {"action_type": "InstanceStart"}).fault
+    assert fault.startswith("Start microvm error: ")
+    assert told in fault
+    assert vm.state == "Not started"

@@ -22,17 +22,19 @@ class BranchCalls:
         """Admits a branch, then follows it: from there on only the stream can end, not it."""
         check(request, self._limits)
         branch = await self._branches.start(orders.branch_order(request))
+        forks = convert.ForkMessages()
         async with released(self._branches.watch(branch.branch_id, 0)) as views:
             async for view in views:
-                await call.write(pb.BranchSandboxResponse(branch=convert.branch(view)))
+                await call.write(pb.BranchSandboxResponse(branch=convert.branch(view, forks)))
 
     async def WatchBranch(self, request: pb.WatchBranchRequest, call: Call) -> None:
         """Follows a branch to its end."""
         check(request, self._limits)
         watch = self._branches.watch(request.branch_id, request.after_sequence)
+        forks = convert.ForkMessages()
         async with released(watch) as views:
             async for view in views:
-                await call.write(pb.WatchBranchResponse(branch=convert.branch(view)))
+                await call.write(pb.WatchBranchResponse(branch=convert.branch(view, forks)))
 
     async def GetBranch(self, request: pb.GetBranchRequest, _: Call) -> pb.GetBranchResponse:
         """One branch."""

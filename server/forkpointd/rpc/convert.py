@@ -117,8 +117,12 @@ def snapshot(it: model.Snapshot) -> snapshot_pb2.Snapshot:
     )
 
 
-def branch(view: model.BranchView) -> branch_pb2.Branch:
-    """A branch, with its snapshot and its children as far as they are there."""
+def branch(view: model.BranchView, forks: ForkMessages | None = None) -> branch_pb2.Branch:
+    """A branch, with its snapshot and its children as far as they are there.
+
+    `forks` helps where states of the same branch follow each other.
+    """
+    convert_fork = fork if forks is None else forks.message
     it = view.branch
     return branch_pb2.Branch(
         branch_id=it.branch_id,
@@ -136,7 +140,7 @@ def branch(view: model.BranchView) -> branch_pb2.Branch:
         pause_window=None if it.pause_window is None else pause_window(it.pause_window),
         merge=None if it.merge is None else _merge(it.merge),
         snapshot=None if view.snapshot is None else snapshot(view.snapshot),
-        fork=None if view.fork is None else fork(view.fork),
+        fork=None if view.fork is None else convert_fork(view.fork),
         error=_error(it.error),
         create_time=timestamp(it.create_time),
         end_time=optional_timestamp(it.end_time),
@@ -161,22 +165,35 @@ def pause_window(it: model.PauseWindow) -> branch_pb2.PauseWindow:
 
 def fork(it: model.Fork) -> fork_pb2.Fork:
     """A fork and each of its children."""
-    states = [child.state for child in it.children]
-    return fork_pb2.Fork(
-        fork_id=it.fork_id,
-        snapshot_id=it.snapshot_id,
-        branch_id=it.branch_id or "",
-        sequence=it.sequence,
-        stage=scalars.FORK_STAGE.to_wire(it.stage),
-        count=it.spec.count,
-        ready_count=states.count(model.ForkChildState.READY),
-        failed_count=states.count(model.ForkChildState.FAILED),
-        children=[_fork_child(child) for child in it.children],
-        on_failure=scalars.FAILURE_ACTION.to_wire(it.spec.on_failure),
-        error=_error(it.error),
-        create_time=timestamp(it.create_time),
-        end_time=optional_timestamp(it.end_time),
-    )
+    message = _fork_head(it)
+    message.children.extend([_fork_child(child) for child in it.children])
+    return message
+
+
+class ForkMessages:
+    """Messages of the successive states of one fork, for one stream.
+
+    Each holds every child, so N children that become ready one by one would be N * N conversions:
+    a second of the event loop for some hundreds. Only children that changed (another object in
+    their place) are converted; the others are copied from the message before, inside protobuf.
+    """
+
+    def __init__(self) -> None:
+        self._children: tuple[model.ForkChild, ...] = ()
+        self._message = fork_pb2.Fork()
+
+    def message(self, it: model.Fork) -> fork_pb2.Fork:
+        """The message of the next state."""
+        message = _fork_head(it)
+        if len(it.children) == len(self._children):
+            message.children.MergeFrom(self._message.children)
+            for index, child in enumerate(it.children):
+                if child is not self._children[index]:
+                    message.children[index].CopyFrom(_fork_child(child))
+        else:
+            message.children.extend([_fork_child(child) for child in it.children])
+        self._children, self._message = it.children, message
+        return message
 
 
 def server_info(it: model.ServerFacts) -> server_service_pb2.GetServerInfoResponse:
@@ -195,6 +212,25 @@ def server_info(it: model.ServerFacts) -> server_service_pb2.GetServerInfoRespon
         reflink=it.reflink,
         image_free_bytes=max(0, it.image_free_bytes),
         staging_free_bytes=max(0, it.staging_free_bytes),
+    )
+
+
+def _fork_head(it: model.Fork) -> fork_pb2.Fork:
+    """All of a fork but its children."""
+    states = [child.state for child in it.children]
+    return fork_pb2.Fork(
+        fork_id=it.fork_id,
+        snapshot_id=it.snapshot_id,
+        branch_id=it.branch_id or "",
+        sequence=it.sequence,
+        stage=scalars.FORK_STAGE.to_wire(it.stage),
+        count=it.spec.count,
+        ready_count=states.count(model.ForkChildState.READY),
+        failed_count=states.count(model.ForkChildState.FAILED),
+        on_failure=scalars.FAILURE_ACTION.to_wire(it.spec.on_failure),
+        error=_error(it.error),
+        create_time=timestamp(it.create_time),
+        end_time=optional_timestamp(it.end_time),
     )
 
 

@@ -21,17 +21,19 @@ class ForkCalls:
         """Admits a fork, then follows it: from there on only the stream can end, not it."""
         check(request, self._limits)
         fork = await self._forks.start(orders.fork_order(request))
+        messages = convert.ForkMessages()
         async with released(self._forks.watch(fork.fork_id, 0)) as forks:
             async for each in forks:
-                await call.write(pb.ForkSandboxesResponse(fork=convert.fork(each)))
+                await call.write(pb.ForkSandboxesResponse(fork=messages.message(each)))
 
     async def WatchFork(self, request: pb.WatchForkRequest, call: Call) -> None:
         """Follows a fork to its end."""
         check(request, self._limits)
         watch = self._forks.watch(request.fork_id, request.after_sequence)
+        messages = convert.ForkMessages()
         async with released(watch) as forks:
             async for each in forks:
-                await call.write(pb.WatchForkResponse(fork=convert.fork(each)))
+                await call.write(pb.WatchForkResponse(fork=messages.message(each)))
 
     async def GetFork(self, request: pb.GetForkRequest, _: Call) -> pb.GetForkResponse:
         """One fork."""

@@ -6,12 +6,13 @@ Services are registered from their descriptors: an object needs a method of the 
 
 Around it: our own decoding, so that bytes that are no message are the client's error; errors with
 a reason become statuses; anything else is a fault of the server, which the client sees as INTERNAL
-with the number of an incident, and the log with its trace. A CancelledError (the client left, its
-deadline passed) goes through untouched.
+with the number of an incident, and the log with its trace. A call's own CancelledError (the client
+left, its deadline passed) goes through untouched.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
@@ -141,19 +142,26 @@ async def _answer(work: Awaitable[T], call: Call, method: str) -> T:
         raise
     except ForkpointError as error:
         problem = error.problem
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Not this call's: some work it waited for was cancelled. As a cancel it would end the call
+        # without a status, and its client would wait for good.
+        problem = _incident(method)
     except Exception as error:
         if isinstance(error, grpc.aio.BaseError) and call.context.done():
             raise  # a write found that the client is gone; gRPC knows
-        incident = uuid.uuid4().hex
-        logger.exception("%s failed, incident %s", method, incident)
-        problem = _incident(incident)
+        problem = _incident(method)
     await call.settled()
     await call.context.abort_with_status(to_grpc(problem))
     raise AssertionError("abort_with_status returned")
 
 
-def _incident(incident: str) -> Problem:
-    """A fault of the server: the client gets its number in the log, not its trace."""
+def _incident(method: str) -> Problem:
+    """A fault of the server, in an `except` clause: its trace is logged, a number is answered."""
+    incident = uuid.uuid4().hex
+    logger.error("%s failed, incident %s", method, incident, exc_info=True)  # noqa: LOG014
     return Problem(
         Reason.INTERNAL,
         f"a fault of the server: its log has the cause under incident {incident}",

@@ -139,6 +139,25 @@ def test_an_invalid_base_says_why_and_names_no_snapshot() -> None:
     assert (shown.snapshot_id, shown.invalid_reason) == ("", "the diff is gone")
 
 
+def test_successive_messages_of_a_fork_are_those_that_stand_alone() -> None:
+    children = tuple(model.ForkChild(f"f-{index}") for index in range(5))
+    states = [samples.fork("f", children=(), sequence=1)]
+    for sequence, index in enumerate([0, 3, 1, 4, 2], start=2):
+        done = model.ForkChild(f"f-{index}", model.ForkChildState.READY, None, sequence)
+        if index == 1:
+            done = model.ForkChild(f"f-{index}", model.ForkChildState.FAILED, samples.problem())
+        children = (*children[:index], done, *children[index + 1 :])
+        states.append(samples.fork("f", children=children, sequence=sequence, error=None))
+    deleted = tuple(model.ForkChild(each.sandbox_id) for each in children)
+    states += [samples.fork("f", children=deleted), samples.fork("f", children=deleted[:2])]
+    messages = convert.ForkMessages()
+    kept = [messages.message(state) for state in states]
+    assert kept == [convert.fork(state) for state in states]
+    views = [model.BranchView(samples.branch(), None, state) for state in states]
+    forks = convert.ForkMessages()
+    assert [convert.branch(view, forks) for view in views] == [convert.branch(it) for it in views]
+
+
 def test_a_queued_branch_has_no_mode_and_no_parts() -> None:
     it = samples.branch(
         mode=None,

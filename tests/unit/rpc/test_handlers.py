@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -86,6 +87,17 @@ async def test_a_timeout_of_ours_is_a_fault_and_not_a_drain(edge: Edge) -> None:
         edge.sandboxes.BranchSandbox(pb.BranchSandboxRequest(sandbox_id="a"))
     )
     assert (code, problem.reason) == (grpc.StatusCode.INTERNAL, Reason.INTERNAL)
+
+
+async def test_a_cancel_of_other_work_is_a_fault_and_the_client_hears_of_it(edge: Edge) -> None:
+    edge.rooms.sandboxes.fails_with = asyncio.CancelledError()
+    edge.rooms.branches.fails_with = asyncio.CancelledError()
+    for call in (
+        edge.sandboxes.GetSandbox(pb.GetSandboxRequest(sandbox_id="a"), timeout=10),
+        edge.sandboxes.BranchSandbox(pb.BranchSandboxRequest(sandbox_id="a"), timeout=10),
+    ):
+        code, problem = await refused(call)
+        assert (code, problem.reason) == (grpc.StatusCode.INTERNAL, Reason.INTERNAL)
 
 
 async def test_an_unknown_method_is_gRPCs_own_error(edge: Edge) -> None:  # noqa: N802

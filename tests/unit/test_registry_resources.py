@@ -102,6 +102,20 @@ async def test_the_id_of_a_child_that_a_fork_will_start_is_taken(registry: Regis
     await registry.insert_sandboxes([sandbox("f-0")])
 
 
+async def test_the_id_of_a_child_that_will_not_be_started_any_more_is_free(
+    registry: Registry,
+) -> None:
+    row = fork("f", count=2)
+    await registry.insert_fork(row)
+    failed = replace(row.children[0], state=ForkChildState.FAILED)
+    row = replace(row, sequence=2, children=(failed, row.children[1]))
+    await registry.put_fork(row)
+    await registry.insert_sandboxes([sandbox("f-0")])
+    await refused(Reason.ID_TAKEN, registry.insert_sandboxes([sandbox("f-1")]))
+    await registry.put_fork(replace(row, sequence=3, stage=ForkStage.FAILED, end_time=at(1)))
+    await registry.insert_sandboxes([sandbox("f-1")])
+
+
 # --- snapshots ---
 
 

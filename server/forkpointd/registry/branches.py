@@ -40,7 +40,7 @@ def insert(
     snapshots.check_id(connection, branch.snapshot_id, branch.branch_id)
     if fork is not None:
         forks.insert(connection, fork, (), None)
-    BRANCHES.insert(connection, [branch], sequence_limit=_limit(branch))
+    BRANCHES.insert(connection, [branch], sequence_limit=sequence_limit(branch.sequence))
 
 
 def put(
@@ -53,7 +53,7 @@ def put(
     """Replaces a branch, and with it its source (unless that was removed meanwhile) and its fork;
     inserts its snapshot. Raises BRANCH_NOT_FOUND, FORK_NOT_FOUND, ID_TAKEN."""
     check_growth(connection, "branches", "branch_id", branch.branch_id, branch.sequence)
-    if not BRANCHES.update(connection, branch, sequence_limit=_limit(branch)):
+    if not BRANCHES.update(connection, branch, sequence_limit=sequence_limit(branch.sequence)):
         raise not_there("branch", Reason.BRANCH_NOT_FOUND, branch.branch_id)
     if sandbox is not None:
         sandboxes.put_those_left(connection, [sandbox])
@@ -114,7 +114,3 @@ def list_some(
 def unfinished(connection: Connection) -> list[Branch]:
     """Branches that have not ended, in order of admission."""
     return BRANCHES.all(connection, BRANCH_UNFINISHED)
-
-
-def _limit(branch: Branch) -> int:
-    return sequence_limit(branch.sequence, ended=branch.stage.ended)

@@ -35,7 +35,7 @@ def insert(
         raise id_taken("fork", fork.fork_id)
     for child in fork.children:
         sandboxes.check_id(connection, child.sandbox_id, fork.fork_id)
-    FORKS.insert(connection, [fork], sequence_limit=_limit(fork))
+    FORKS.insert(connection, [fork], sequence_limit=sequence_limit(fork.sequence))
     _write_children(connection, fork, range(len(fork.children)))
     SANDBOXES.insert(connection, children_rows)
 
@@ -44,7 +44,7 @@ def put(connection: Connection, fork: Fork, sandbox_rows: Sequence[Sandbox] = ()
     """Replaces a fork, its children's outcomes and rows of sandboxes (those that were not removed
     meanwhile). Raises FORK_NOT_FOUND."""
     check_growth(connection, "forks", "fork_id", fork.fork_id, fork.sequence)
-    if not FORKS.update(connection, fork, sequence_limit=_limit(fork)):
+    if not FORKS.update(connection, fork, sequence_limit=sequence_limit(fork.sequence)):
         raise not_there("fork", Reason.FORK_NOT_FOUND, fork.fork_id)
     stored = _stored_children(connection, fork.fork_id)
     if len(stored) != len(fork.children):
@@ -95,7 +95,3 @@ def _write_children(connection: Connection, fork: Fork, indexes: Sequence[int]) 
         f" VALUES (:fork_id, :child_index, {places})",
         [row(index) for index in indexes],
     )
-
-
-def _limit(fork: Fork) -> int:
-    return sequence_limit(fork.sequence, ended=fork.stage.ended)

@@ -14,9 +14,9 @@ SEQUENCE_BLOCK = 1 << 20
 """Numbers that memory may run ahead of the row: a day of ten a second."""
 
 
-def sequence_limit(stored: int, *, ended: bool) -> int:
-    """The limit for a row with this sequence. After the end nothing more is shown."""
-    return stored if ended else stored + SEQUENCE_BLOCK
+def sequence_limit(stored: int) -> int:
+    """The limit for a row with this sequence."""
+    return stored + SEQUENCE_BLOCK
 
 
 class Sequence:
@@ -29,7 +29,7 @@ class Sequence:
     def __init__(self, stored: int) -> None:
         """`stored` is the sequence of the row as it was put or loaded last."""
         self._value = stored
-        self._limit = sequence_limit(stored, ended=False)
+        self._limit = sequence_limit(stored)
 
     @property
     def value(self) -> int:
@@ -53,7 +53,7 @@ class Sequence:
         if value < self._value:
             raise AssertionError(f"sequence {value} was stored after {self._value} was given out")
         self._value = value
-        self._limit = sequence_limit(value, ended=False)
+        self._limit = sequence_limit(value)
 
 
 def check_growth(

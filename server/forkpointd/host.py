@@ -130,8 +130,8 @@ def check_vmm(settings: Settings) -> tuple[HostCheck, Binary | None]:
                 "vmm",
                 CheckOutcome.FAILED,
                 str(error),
-                f"install Firecracker {PINNED_VERSION} and name it by FORKPOINT_FIRECRACKER, or use "
-                "--vmm simulator",
+                f"install Firecracker {PINNED_VERSION} and name it by FORKPOINT_FIRECRACKER, or "
+                "use --vmm simulator",
             ),
             None,
         )

@@ -33,7 +33,7 @@ def firecracker_paths() -> list[str]:
     return [str(found)] if found is not None else ["no-firecracker"]
 
 
-def _params() -> list[object]:
+def vmm_params() -> list[object]:
     paths = firecracker_paths()
     names = [f"firecracker-{n}" if len(paths) > 1 else "firecracker" for n in range(len(paths))]
     firecrackers = [pytest.param(path, id=name) for path, name in zip(paths, names, strict=True)]
@@ -54,13 +54,13 @@ def binary_for(param: str) -> Binary:
     return _known[param]
 
 
-@pytest.fixture(params=_params())
+@pytest.fixture(params=vmm_params())
 def binary(request: pytest.FixtureRequest) -> Binary:
     """Each VMM under test in turn."""
     return binary_for(request.param)
 
 
-@pytest.fixture(params=_params()[:-1])
+@pytest.fixture(params=vmm_params()[:-1])
 def firecracker(request: pytest.FixtureRequest) -> Binary:
     """Each real Firecracker under test in turn."""
     found = binary_for(request.param)

@@ -174,6 +174,19 @@ class House:
                         found.append(int(entry.name))
         return found
 
+    def half_made(self) -> list[str]:
+        """What no finished work leaves: drafts, trash, staging files."""
+        staging = [self.data_dir / "staging", *Path("/dev/shm").glob(f"forkpoint-{self.identity}")]
+        found = [path for path in (self.data_dir / "snapshots").iterdir() if path.name[0] == "."]
+        for folder in staging:
+            found += list(folder.iterdir())
+        return sorted(str(path) for path in found)
+
+    @property
+    def identity(self) -> str:
+        """The data folder's random name."""
+        return (self.data_dir / "id").read_text().strip()
+
     # --- sandboxes ---
 
     async def boot(self, sandbox_id: str, memory_mib: int = 128, **fields: Any) -> Guest:

@@ -563,7 +563,10 @@ class BranchLife:
             with suppress(OSError):
                 await self._shop.run(lambda: self._shop.store.discard(draft))
         if self._fork is not None and not self._fork.stage.ended:
-            self._fork = await self._shop.forks.fail(self._fork.fork_id, error.problem)
+            try:
+                self._fork = await self._shop.forks.fail(self._fork.fork_id, error.problem)
+            except Exception:
+                log.exception("the end of fork %s is not durable", self._fork.fork_id)
         cancelled = error.reason is Reason.BRANCH_CANCELLED
         self.branch = replace(self.branch, error=error.problem)
         await self._enter(BranchStage.CANCELLED if cancelled else BranchStage.FAILED)

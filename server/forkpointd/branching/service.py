@@ -128,7 +128,8 @@ class Branches:
                 retry_after_seconds=QUEUE_RETRY_SECONDS,
             )
         mode = self._expected_mode(live, order.mode, waiting)
-        holding = self._shop.admission.reserve(live.row, mode)
+        row = live.row
+        holding = await self._shop.run(lambda: self._shop.admission.reserve(row, mode))
         try:
             if not waiting:
                 expected = live.row.last_diff_bytes or 0
@@ -223,7 +224,7 @@ class Branches:
         fork = None
         if branch.fork_id is not None:
             fork = await self._shop.registry.get_fork(branch.fork_id)
-            if fork is not None and branch.stage is not BranchStage.FORKING:
+            if fork is not None and not fork.stage.ended:
                 self._shop.forks.show(fork)
         live = self._shop.sandboxes.live.get(branch.sandbox_id)
         return BranchLife(

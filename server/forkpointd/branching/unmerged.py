@@ -41,7 +41,8 @@ async def merge_kept_diffs(shop: Workshop, live: LiveSandbox) -> bool:
     if not base.unmerged or base.state is not DirtyBaseState.VALID:
         return False
     image_id = new_id("base")
-    reservation = shop.admission.reserve_image(live.row)
+    row = live.row
+    reservation = await shop.run(lambda: shop.admission.reserve_image(row))
     try:
         with shop.sandboxes.snapshots.hold(image_id):
             await _make_hidden_image(shop, live, base, image_id, reservation)

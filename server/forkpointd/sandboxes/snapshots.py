@@ -102,6 +102,6 @@ def snapshot_not_found(snapshot_id: str) -> ForkpointError:
     """The error for an id that no READY snapshot has."""
     return ForkpointError(
         Reason.SNAPSHOT_NOT_FOUND,
-        f"there is no READY snapshot {snapshot_id}; `forkpoint snapshot list` shows those there are",
+        f"there is no READY snapshot {snapshot_id}; `forkpoint snapshot list` shows what there is",
         metadata={"snapshot_id": snapshot_id},
     )

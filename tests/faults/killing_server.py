@@ -1,0 +1,79 @@
+"""`forkpointd` that is killed (SIGKILL, as `kill -9` does) at one named step of its own work.
+
+    python killing_server.py MODULE:NAME:before|after[:N] serve ...
+
+`MODULE:NAME` is a function or method of the server (`Class.method`); the Nth call of it (the first
+unless told) ends the process right before it begins or right after it has returned. With `A>B` step
+A only arms step B. Nothing in the server knows about this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+
+def die() -> None:
+    """What `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def arm(point: str) -> None:
+    """Patches the step named by `point`."""
+    point, _, then = point.partition(">")
+    module_name, name, when, *rest = point.split(":")
+    left = [int(rest[0]) if rest else 1]
+    owner: Any = importlib.import_module(module_name)
+    *path, attribute = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real = getattr(owner, attribute)
+
+    def act() -> None:
+        if then:
+            arm(then)
+        else:
+            die()
+
+    def due() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    if asyncio.iscoroutinefunction(real):
+
+        @functools.wraps(real)
+        async def wrapper(*arguments: Any, **named: Any) -> Any:
+            now = due()
+            if now and when == "before":
+                act()
+            result = await real(*arguments, **named)
+            if now and when == "after":
+                act()
+            return result
+
+    else:
+
+        @functools.wraps(real)
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            now = due()
+            if now and when == "before":
+                act()
+            result = real(*arguments, **named)
+            if now and when == "after":
+                act()
+            return result
+
+    setattr(owner, attribute, wrapper)
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1])
+    from forkpointd.__main__ import main
+
+    sys.exit(main(sys.argv[2:]))

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from forkpoint._version import __version__
-from forkpoint.cli import branch, console, doctor, exits, fork, sandbox, server, snapshot, tree
+from forkpoint.cli import (
+    branch,
+    console,
+    demo,
+    doctor,
+    exits,
+    fork,
+    sandbox,
+    server,
+    snapshot,
+    tree,
+)
 from forkpoint.cli.common import Address, Json
 
 HELP = f"""
@@ -44,6 +55,7 @@ app.add_typer(server.app, name="server")
 app.command("fork")(fork.fork)
 app.command("tree")(tree.tree)
 app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
 app.command("version")(server.version)
 sandbox.app.command("console")(console.console)
 

@@ -16,6 +16,7 @@ from rich.markup import escape, render
 from rich.table import Table
 
 from forkpoint import durations
+from forkpoint._version import __version__
 from forkpoint.errors import ForkpointError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -147,6 +148,11 @@ def until(moment: datetime | None) -> str:
         return "-"
     left = moment - datetime.now(UTC)
     return "now" if left <= timedelta(0) else f"in {durations.show(left)}"
+
+
+def client_version() -> str:
+    """This package's version."""
+    return __version__
 
 
 def plain(marked: str) -> str:

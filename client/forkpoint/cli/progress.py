@@ -34,9 +34,10 @@ _WORDS = {
 class BranchDisplay:
     """Shows updates of one branch; used as a block around them."""
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False, terse: bool = False) -> None:
         self._console = console
         self._quiet = quiet
+        self._terse = terse
         self._shown: BranchStage | None = None
         self._bars: dict[str, TaskID] = {}
         self._progress: Progress | None = None
@@ -78,6 +79,8 @@ class BranchDisplay:
         if update.stage is self._shown:
             return
         self._shown = update.stage
+        if self._terse:
+            return
         if update.stage is BranchStage.RESUMED and update.pause is not None:
             self._say(pause_line(update.pause))
         elif update.stage in _WORDS:

@@ -180,6 +180,18 @@ def test_the_end_tells_which_answers_came_before_it(tmp_path: Path) -> None:
         assert [reply.status for reply in caught.value.replies] == [204]
 
 
+def test_what_was_said_before_a_hang_up_is_heard() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(answer(503, {"fault_message": "Too many open connections"}))
+    theirs.close()
+    with ApiConnection(ours) as connection, pytest.raises(VmmFault, match="Too many"):
+        connection.request("GET", "/", timeout=10)
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ApiConnection(ours) as connection, pytest.raises(VmmGone):
+        connection.request("GET", "/", timeout=10)
+
+
 def test_nobody_there_is_gone(tmp_path: Path) -> None:
     with pytest.raises(VmmGone):
         ApiConnection.open(tmp_path, 10)

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -213,12 +214,11 @@ class ApiConnection:
         return self.receive(n_replies, deadline)
 
     def send(self, request_bytes: bytes, *, timeout: float | None = None) -> None:
-        """Sends encoded requests."""
+        """Sends encoded requests. A connection that the VMM has closed is not told here but by
+        `receive`, after what the VMM said before (503 where it has too many connections)."""
         self._socket.settimeout(timeout)
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(request_bytes)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise GoneAfter([], "it closed the connection") from error
 
     def receive(self, n_replies: int, deadline: float | None = None) -> list[ApiReply]:
         """Waits for answers to what was sent; `deadline` is an instant of `time.monotonic`."""

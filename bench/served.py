@@ -65,7 +65,10 @@ class Served:
                     f"unix:{self._socket}", [("grpc.max_reconnect_backoff_ms", 100)]
                 )
             )
-            grpc.channel_ready_future(self._channel).result(timeout=START_SECONDS)
+            try:
+                grpc.channel_ready_future(self._channel).result(timeout=START_SECONDS)
+            except grpc.FutureTimeoutError as error:
+                raise ServedError(f"forkpointd does not answer: {self.last_words()}") from error
             self.sandboxes = sandbox_service_pb2_grpc.SandboxServiceStub(self._channel)
             self.snapshots = snapshot_service_pb2_grpc.SnapshotServiceStub(self._channel)
             self._info = server_service_pb2_grpc.ServerServiceStub(self._channel)

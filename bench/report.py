@@ -1,0 +1,119 @@
+"""What a person sees: progress while it runs, a table at the end, and the lines for scripts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.rounds import Limit, Trial
+from bench.stats import Estimate
+from bench.targets import Finding
+
+REFRESH_SECONDS = 0.25
+
+
+class Report:
+    """One console."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, line: str) -> None:
+        """A line."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def trial(self, trial: Trial) -> None:
+        """Says that a trial failed."""
+        if trial.error:
+            self.say(f"  {trial.measure} {trial.round} {trial.role} failed: {trial.error}")
+
+    @contextmanager
+    def progress(self, name: str, limit: Limit) -> Iterator[Callable[[int], None]]:
+        """A bar, moved by calling what is yielded with the number of finished rounds.
+
+        It is drawn between the rounds only: a thread that draws would be one more on the two or
+        four processors that are measured.
+        """
+        started = time.monotonic()
+        drawn = 0.0
+        if not self._console.is_terminal:
+            self.say(f"{name} ...")
+        with Progress(
+            TextColumn("{task.description:<13}"),
+            BarColumn(),
+            TextColumn("{task.fields[rounds]} rounds"),
+            TimeElapsedColumn(),
+            console=self._console,
+            auto_refresh=False,
+            disable=not self._console.is_terminal,
+        ) as bar:
+            task = bar.add_task(name, total=1.0, rounds=0)
+            bar.refresh()
+
+            def tick(rounds: int) -> None:
+                nonlocal drawn
+                now = time.monotonic()
+                share = max(rounds / limit.rounds, (now - started) / limit.seconds)
+                bar.update(task, completed=min(1.0, share), rounds=rounds)
+                if now - drawn >= REFRESH_SECONDS:
+                    drawn = now
+                    bar.refresh()
+
+            yield tick
+            bar.refresh()
+
+    def table(self, findings: Sequence[Finding]) -> None:
+        """All findings."""
+        table = Table(title="forkpoint and the floor of plain sockets", title_justify="left")
+        for heading in ("target", "floor", "forkpoint"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("ratio [95 %]", "floor/floor [95 %]", "n", "failed", "goal", ""):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for finding in findings:
+            table.add_row(
+                finding.target.name,
+                finding.reference_median or "-",
+                finding.subject_median or "-",
+                interval(finding.estimate),
+                interval(finding.control),
+                str(0 if finding.estimate is None else finding.estimate.samples),
+                str(finding.failed),
+                str(finding.target.goal),
+                str(finding.verdict),
+            )
+        self._console.print(table)
+        for finding in findings:
+            note = f" ({finding.note})" if finding.note else ""
+            self.say(f"{finding.target.name}: {finding.target.compares}{note}")
+
+    def loop_lag(self, row: Mapping[str, float] | None, why_not: str) -> None:
+        """The row without a goal."""
+        if row is None:
+            self.say(f"loop_lag: not measured: {why_not}")
+            return
+        self.say(
+            "loop_lag (from outside, GetSandbox): "
+            f"worst {row['worst_seconds'] * 1000:.1f} ms, "
+            f"median {row['median_seconds'] * 1000:.2f} ms of {row['calls']:.0f} calls "
+            f"in {row['both_precopying_seconds']:.1f} s of two concurrent pre-copies of sources "
+            f"with 4 GiB ({row['precopied_bytes'] / 2**30:.1f} GiB of data in all); idle: "
+            f"worst {row['idle_worst_seconds'] * 1000:.1f} ms, "
+            f"median {row['idle_median_seconds'] * 1000:.2f} ms of {row['idle_calls']:.0f}"
+        )
+
+    def lines(self, findings: Sequence[Finding]) -> None:
+        """One line a target, the last thing that is said."""
+        for finding in findings:
+            self.say(finding.line())
+
+
+def interval(estimate: Estimate | None) -> str:
+    """A figure and its interval."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -11,10 +11,12 @@ import pytest
 
 from forkpointd.model import (
     BranchStage,
+    DirtyBase,
     ForkpointError,
     ForkStage,
     Reason,
     RememberedRequest,
+    UnmergedDiff,
     now,
 )
 from forkpointd.registry import SEQUENCE_BLOCK, Registry, RequestSeen, Sequence
@@ -222,6 +224,24 @@ async def test_what_ended_long_ago_is_pruned(registry: Registry) -> None:
         lambda c: c.execute("SELECT DISTINCT fork_id FROM fork_children").fetchall()
     )
     assert {row[0] for row in children} == {"f-2x", "running"}, "children go with their fork"
+
+
+async def test_a_branch_whose_diff_a_sandbox_keeps_is_not_pruned(registry: Registry) -> None:
+    for name in ("br-1", "br-2", "br-3"):
+        await registry.insert_branch(
+            replace(branch(name, stage=BranchStage.FAILED, fork_id=f"f-{name}"), end_time=at(0)),
+            replace(fork(f"f-{name}", stage=ForkStage.FAILED), end_time=at(0)),
+        )
+    kept = tuple(UnmergedDiff(Path("/d"), Path("/e"), 1, name) for name in ("br-1", "br-3"))
+    source = sandbox("sb-1", dirty_base=replace(DirtyBase.of("snap-0"), unmerged=kept))
+    await registry.insert_sandboxes([source, sandbox("sb-2")])
+    assert await registry.prune_ended(at(1)) == 2
+    page = await registry.list_branches(page_size=9)
+    assert [row.branch_id for row in page.items] == ["br-1", "br-3"]
+    assert await registry.get_fork("f-br-1") is not None
+    await registry.put_sandbox(replace(source, dirty_base=DirtyBase.of("snap-1")))
+    assert await registry.prune_ended(at(1)) == 4
+    assert (await registry.list_branches(page_size=9)).items == ()
 
 
 async def test_a_thousand_are_pruned_in_parts(registry: Registry) -> None:

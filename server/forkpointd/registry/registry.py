@@ -20,7 +20,9 @@ from forkpointd.model import (
     BranchStage,
     BranchView,
     Fork,
+    ForkpointError,
     Page,
+    Reason,
     RememberedRequest,
     RequestKey,
     Sandbox,
@@ -28,6 +30,7 @@ from forkpointd.model import (
     Snapshot,
 )
 from forkpointd.registry import branches, forks, requests, sandboxes, snapshots, upkeep
+from forkpointd.registry.ballast import Ballast
 from forkpointd.registry.lanes import LaneStats, Operation, ReadLane, WriteLane
 from forkpointd.registry.opening import connect_reader, connect_writer
 from forkpointd.registry.rows import Position
@@ -39,9 +42,10 @@ T = TypeVar("T")
 class Registry:
     """An open registry. Of one event loop; made by `open`."""
 
-    def __init__(self, writer: WriteLane, reader: ReadLane) -> None:
+    def __init__(self, writer: WriteLane, reader: ReadLane, ballast: Ballast) -> None:
         self._writer = writer
         self._reader = reader
+        self._ballast = ballast
         self._serials = iter(range(0))
         self._taking_serials = asyncio.Lock()
 
@@ -64,7 +68,9 @@ class Registry:
             await reader.close()
             await writer.close()
             raise
-        return cls(writer, reader)
+        registry = cls(writer, reader, Ballast(path))
+        await registry.restore_ballast()
+        return registry
 
     async def close(self) -> None:
         """Takes no more calls, finishes those under way, closes the file. Idempotent."""
@@ -86,12 +92,24 @@ class Registry:
 
     async def write(self, operation: Operation[T]) -> T:
         """Runs an operation in the next group commit; returns its result once it is on the disk.
+        One that finds the disk full is tried once more, with the room that the ballast took.
 
         If the operation raises, its changes are undone and the caller gets what it raised. A full
         disk is NO_DISK_SPACE, any other failure of SQLite `RegistryFault`. A caller that is
         cancelled does not undo what was handed over.
         """
-        return await self._writer.run(operation)
+        try:
+            return await self._writer.run(operation)
+        except ForkpointError as error:
+            if error.reason is not Reason.NO_DISK_SPACE:
+                raise
+            await asyncio.to_thread(self._ballast.drop)
+            return await self._writer.run(operation)
+
+    async def restore_ballast(self) -> bool:
+        """Takes room for the day on which the disk is full, if there is room now; whether it has
+        it. To be called now and then."""
+        return await asyncio.to_thread(self._ballast.restore)
 
     async def read(self, operation: Operation[T]) -> T:
         """Runs an operation that changes nothing, on all that was committed before it was handed

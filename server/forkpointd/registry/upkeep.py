@@ -67,11 +67,14 @@ def note_start(connection: Connection, start: ServerStart) -> ServerStart | None
 
 def prune_ended(connection: Connection, before: datetime) -> int:
     """Removes some of the branches and forks that ended before an instant; returns how many, 0 when
-    none is left. A fork stays as long as the branch that it was part of."""
+    none is left. A branch stays as long as a sandbox keeps its diff (what is made of the diff later
+    is described by it), a fork as long as the branch that it was part of."""
     limit = (instant_text(before), PRUNE_AT_ONCE)
     branches = connection.execute(
         "DELETE FROM branches WHERE branch_id IN (SELECT branch_id FROM branches"
-        f" WHERE end_time < ? AND NOT ({BRANCH_UNFINISHED}) LIMIT ?)",
+        f" WHERE end_time < ? AND NOT ({BRANCH_UNFINISHED})"
+        " AND branch_id NOT IN (SELECT json_extract(diff.value, '$.branch_id')"
+        " FROM sandboxes, json_each(sandboxes.dirty_base, '$.unmerged') AS diff) LIMIT ?)",
         limit,
     ).rowcount
     forks = connection.execute(

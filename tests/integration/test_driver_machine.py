@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -253,3 +254,31 @@ async def test_a_stopped_vmm_is_adopted_all_the_same(
     finally:
         os.kill(source.pid, signal.SIGCONT)
     assert await source.generation() == 0
+
+
+async def test_a_window_whose_preparation_is_left_holds_no_connection(bench: Bench) -> None:
+    source = await bench.boot()
+    before = len(os.listdir("/proc/self/fd"))
+    for turns in range(40):
+        preparing = asyncio.create_task(source.window(f"w{turns}"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)
+    await wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    await wait_for(lambda: threading.active_count() < 20)
+    assert (await source.vmm.describe()).state == "Running"
+
+
+async def test_starts_and_ends_leave_no_descriptor(bench: Bench) -> None:
+    source = await bench.boot("warm-up")
+    await source.vmm.kill()
+    before = sorted(os.listdir("/proc/self/fd"))
+    for n in range(5):
+        guest = await bench.boot(f"g{n}")
+        await guest.window("a")
+        await guest.vmm.window_latencies()
+        await guest.vmm.kill()
+        with pytest.raises(FileExistsError):
+            await Vmm.start(bench.binary, guest.folder, f"g{n}", (), bench.executor)
+    assert sorted(os.listdir("/proc/self/fd")) == before

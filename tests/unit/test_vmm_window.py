@@ -4,7 +4,7 @@ import asyncio
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -192,3 +192,39 @@ async def test_who_waits_is_told_once(ends: tuple[ApiConnection, socket.socket])
     theirs.sendall(3 * NO_CONTENT)
     assert (await run_in_thread(window_on(connection), "window", None, late.append)).created
     assert late == []
+
+
+@pytest.mark.parametrize("deadline", [None, 0.0], ids=["cancelled", "timed-out"])
+async def test_an_outcome_that_comes_in_the_moment_of_leaving_is_not_lost(
+    ends: tuple[ApiConnection, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+    deadline: float | None,
+) -> None:
+    """Between the result's arrival and the waiter's waking the waiter is cancelled."""
+    connection, theirs = ends
+    theirs.sendall(3 * NO_CONTENT)
+    loop = asyncio.get_running_loop()
+    late: list[WindowOutcome] = []
+
+    class InTheSameMoment:
+        """Runs the thread's work at once, and cancels right after its result is delivered."""
+
+        def __init__(self, target: Callable[[], None], **_: object) -> None:
+            self._work = target
+
+        def start(self) -> None:
+            self._work()
+            if deadline is None:
+                loop.call_soon(running.cancel)
+
+    monkeypatch.setattr("forkpointd.vmm.window.threading.Thread", InTheSameMoment)
+    running = asyncio.create_task(
+        run_in_thread(window_on(connection), "window", deadline, late.append)
+    )
+    if deadline is None:
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert [outcome.created for outcome in late] == [True]
+    else:
+        assert (await running).created
+        assert late == []

@@ -287,14 +287,16 @@ class Vmm:
                 raise
             finally:
                 abandon.hold(None)
-            if not keep_open or abandon.wanted:
+            if not keep_open:
                 connection.close()
             return result
 
+        thread = self._loop.run_in_executor(self._executor, in_thread)
         try:
-            return await self._run(in_thread)
+            return await asyncio.shield(thread)
         except asyncio.CancelledError:
             abandon.want()
+            thread.add_done_callback(_drop)
             raise
 
     async def _run(self, work: Callable[[], T]) -> T:
@@ -321,6 +323,14 @@ async def _end_abandoned(thread: asyncio.Future[Launched]) -> None:
             await asyncio.wait([ending])
         except asyncio.CancelledError:
             continue
+
+
+def _drop(thread: asyncio.Future[Any]) -> None:
+    """Takes what a thread brought after its caller had left."""
+    if not thread.cancelled() and thread.exception() is None:
+        result = thread.result()
+        if isinstance(result, Window):
+            result.close()
 
 
 def _end_launched(pidfd: int) -> None:

@@ -194,8 +194,17 @@ async def run_in_thread(
             return
 
     threading.Thread(target=work, name=name, daemon=True).start()
-    async with asyncio.timeout(deadline_seconds):
-        return await ended
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            return await ended
+    except TimeoutError:
+        if ended.cancelled():
+            raise
+        return ended.result()  # it came in the same moment
+    except asyncio.CancelledError:
+        if not ended.cancelled():
+            late(ended.result())
+        raise
 
 
 class _QuickSwitches:

@@ -175,6 +175,65 @@ REFUSED = [
     ),
     ("PATCH", "/machine-config", {}, "Empty PATCH request."),
     ("PATCH", "/machine-config", {"vcpu_count": 0}, VCPUS),
+    # broken JSON, and values of the wrong kind
+    ("PUT", "/boot-source", "   ", f"{BODY}EOF while parsing a value at line 1 column 3."),
+    ("PUT", "/boot-source", "{a:1}", f"{BODY}key must be a string at line 1 column 2."),
+    ("PUT", "/boot-source", "{,}", f"{BODY}key must be a string at line 1 column 2."),
+    (
+        "PUT",
+        "/boot-source",
+        '{"kernel_image_path":"x',
+        f"{BODY}EOF while parsing a string at line 1 column 23.",
+    ),
+    ("PUT", "/boot-source", '{"kernel', f"{BODY}EOF while parsing a string at line 1 column 8."),
+    (
+        "PUT",
+        "/boot-source",
+        '{"kernel_image_path":NaN}',
+        f"{BODY}expected value at line 1 column 22.",
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        '{"kernel_image_path" "x"}',
+        f"{BODY}expected `:` at line 1 column 22.",
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        '{"kernel_image_path":"x" "b":1}',
+        f"{BODY}expected `,` or `}}` at line 1 column 26.",
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        '{"kernel_image_path":"x"}x',
+        f"{BODY}trailing characters at line 1 column 26.",
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        '{"kernel_image_path":{"a":1}}',
+        f"{BODY}invalid type: map, expected a string at line 1 column 21.",
+    ),
+    (
+        "PUT",
+        "/boot-source",
+        '{"kernel_image_path":"ü","initrd_path":3}',
+        f"{BODY}invalid type: integer `3`, expected a string at line 1 column 41.",
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        machine(huge_pages=None),
+        f"{BODY}expected value at line 1 column 54.",
+    ),
+    (
+        "PUT",
+        "/snapshot/load",
+        {"snapshot_path": "v", "mem_backend": {}},
+        f"{BODY}missing field `backend_path` at line 1 column 40.",
+    ),
     # drives
     ("PUT", "/drives/a", {}, f"{BODY}missing field `drive_id` at line 1 column 2."),
     (

@@ -36,9 +36,7 @@ def cp_seconds(sources: Sequence[Path], folder: Path) -> float:
     try:
         start = time.perf_counter()
         for source, target in zip(sources, targets, strict=True):
-            done = subprocess.run(["cp", source, target], capture_output=True, check=False)
-            if done.returncode:
-                raise FloorError(f"cp failed: {done.stderr.decode(errors='replace')}")
+            cp(source, target)
         for target in targets:
             descriptor = os.open(target, os.O_RDONLY)
             try:
@@ -49,6 +47,13 @@ def cp_seconds(sources: Sequence[Path], folder: Path) -> float:
     finally:
         for target in targets:
             target.unlink(missing_ok=True)
+
+
+def cp(source: Path, target: Path) -> None:
+    """Copies a file."""
+    done = subprocess.run(["cp", source, target], capture_output=True, check=False)
+    if done.returncode:
+        raise FloorError(f"cp failed: {done.stderr.decode(errors='replace')}")
 
 
 def settle() -> None:

@@ -23,10 +23,10 @@ class Plan:
 
 QUICK = Plan(
     "quick",
-    windows=Limit(400, seconds=50),
-    copying=Limit(PAIRS_NEEDED, seconds=35),
-    branching=Limit(PAIRS_NEEDED, seconds=30),
-    forking=Limit(PAIRS_NEEDED, seconds=35),
+    windows=Limit(400, seconds=40),
+    copying=Limit(PAIRS_NEEDED, seconds=30),
+    branching=Limit(PAIRS_NEEDED, seconds=25),
+    forking=Limit(PAIRS_NEEDED, seconds=30),
     lag_mib=1024,
 )
 """About three minutes with what is made and removed around the trials. The sources of the loop's

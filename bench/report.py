@@ -68,11 +68,11 @@ class Report:
             bar.refresh()
 
     def table(self, findings: Sequence[Finding]) -> None:
-        """All findings."""
-        table = Table(title="forkpoint and the floor of plain sockets", title_justify="left")
+        """All findings, in 80 columns, then what is compared with what."""
+        table = Table(box=None, padding=(0, 1, 0, 0), title_justify="left")
         for heading in ("target", "floor", "forkpoint"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("ratio [95 %]", "floor/floor [95 %]", "n", "failed", "goal", ""):
+        for heading in ("ratio [95 %]", "A/A [95 %]", "n"):
             table.add_column(heading, justify="right", no_wrap=True)
         for finding in findings:
             table.add_row(
@@ -82,28 +82,28 @@ class Report:
                 interval(finding.estimate),
                 interval(finding.control),
                 str(0 if finding.estimate is None else finding.estimate.samples),
-                str(finding.failed),
-                str(finding.target.goal),
-                str(finding.verdict),
             )
         self._console.print(table)
         for finding in findings:
-            note = f" ({finding.note})" if finding.note else ""
-            self.say(f"{finding.target.name}: {finding.target.compares}{note}")
+            told = finding.note or finding.target.compares
+            failed = f"; {finding.failed} trials failed" if finding.failed else ""
+            self.say(f"{finding.target.name}: {told}{failed}")
 
     def loop_lag(self, row: Mapping[str, float] | None, why_not: str) -> None:
         """The row without a goal."""
         if row is None:
             self.say(f"loop_lag: not measured: {why_not}")
             return
+        figures = {
+            kind: f"worst {row[f'{kind}_worst_seconds'] * 1000:.1f} ms, median "
+            f"{row[f'{kind}_median_seconds'] * 1000:.2f} ms of {row[f'{kind}_calls']:.0f}"
+            for kind in ("precopies", "cps", "idle")
+        }
         self.say(
-            "loop_lag (from outside, GetSandbox): "
-            f"worst {row['worst_seconds'] * 1000:.1f} ms, "
-            f"median {row['median_seconds'] * 1000:.2f} ms of {row['calls']:.0f} calls "
-            f"in {row['both_precopying_seconds']:.1f} s of two concurrent pre-copies of sources "
-            f"with 4 GiB ({row['precopied_bytes'] / 2**30:.1f} GiB of data in all); idle: "
-            f"worst {row['idle_worst_seconds'] * 1000:.1f} ms, "
-            f"median {row['idle_median_seconds'] * 1000:.2f} ms of {row['idle_calls']:.0f}"
+            f"loop_lag: GetSandbox, from outside: {figures['precopies']} in "
+            f"{row['precopies_seconds']:.1f} s of two concurrent pre-copies of sources with 4 GiB "
+            f"({row['precopied_bytes'] / 2**30:.1f} GiB of data in all); beside two cps instead: "
+            f"{figures['cps']}; idle: {figures['idle']}"
         )
 
     def lines(self, findings: Sequence[Finding]) -> None:
@@ -116,4 +116,4 @@ def interval(estimate: Estimate | None) -> str:
     """A figure and its interval."""
     if estimate is None:
         return "-"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

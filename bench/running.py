@@ -134,7 +134,7 @@ class Run:
         at, metrics, error = time.time(), dict[str, float](), ""
         try:
             with Served(self._scratch, self._firecracker, self._kernel) as served:
-                lag = LoopLag(served, self._plan.lag_mib)
+                lag = LoopLag(self._scratch, served, self._plan.lag_mib)
                 if refusal := lag.refusal():
                     return None, refusal
                 metrics = dict(lag.measure())

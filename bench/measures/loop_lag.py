@@ -1,24 +1,30 @@
 """How long the server's event loop keeps others waiting while it pre-copies: the row `loop_lag`.
 
-Measured from outside: one client calls GetSandbox of a third sandbox every few milliseconds, first
-beside an idle server, then while two sources of 4 GiB are branched at the same time. GetSandbox
-needs no disk and no thread, so what it takes beyond the idle baseline is time in which the loop (or
-this client, on a machine whose processors are all busy) did not come to it. The row's figure is the
-longest call during the pre-copies.
+Measured from outside: one client calls GetSandbox of a third sandbox every few milliseconds, while
+two sources of 4 GiB are branched at the same time. GetSandbox needs no disk and no thread, so what
+it takes longer than usual is time in which the loop did not come to it, or in which the machine let
+neither the loop nor this client run. To tell these apart the same is measured beside two cps of as
+much data, which keep the machine as busy and the server idle, and beside nothing at all. The row's
+figure is the longest call during the pre-copies.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
+from bench.cp import cp, make_dense, settle
 from bench.machine import available_bytes
+from bench.scratch import Scratch
 from bench.served import Served, ServedError, entered
 from forkpoint.v1 import branch_pb2
+
+T = TypeVar("T")
 
 MEMORY_MIB = 4096
 SPARE_MIB = 3072
@@ -39,8 +45,9 @@ class LoopLag:
 
     name = "loop_lag"
 
-    def __init__(self, served: Served, touched_mib: int) -> None:
+    def __init__(self, scratch: Scratch, served: Served, touched_mib: int) -> None:
         """`touched_mib`: how much of each source's memory has to be copied."""
+        self._folder = scratch.disk
         self._served = served
         self._touched_mib = touched_mib
         self._ids = ("lag-0", "lag-1")
@@ -63,33 +70,48 @@ class LoopLag:
                 served.boot(sandbox_id, MEMORY_MIB)
                 served.ask(sandbox_id, f"d{self._touched_mib}")
                 served.delete_snapshot(served.branch(sandbox_id).snapshot_id)
+            settle()
             idle = self._ask_during(lambda: time.sleep(IDLE_SECONDS))
+            cps = self._ask_during_cps()
+            settle()
             branches: list[branch_pb2.Branch] = []
-            busy = self._ask_during(lambda: branches.extend(self._branch_both()))
+            busy = self._ask_during(lambda: branches.extend(self._both(self._served.branch)))
         finally:
             served.delete([*self._ids, "lag-asked"])
         starts = [entered(branch, branch_pb2.BRANCH_STAGE_PRECOPYING) for branch in branches]
         ends = [entered(branch, branch_pb2.BRANCH_STAGE_PAUSED) for branch in branches]
-        during = [call.seconds for call in busy if max(starts) <= call.start <= min(ends)]
+        during = [call for call in busy if max(starts) <= call.start <= min(ends)]
         if not during:
             raise ServedError("the two pre-copies were not under way at the same time")
         return {
-            "worst_seconds": max(during),
-            "median_seconds": median(during),
-            "idle_worst_seconds": max(call.seconds for call in idle),
-            "idle_median_seconds": median(call.seconds for call in idle),
-            "calls": len(during),
-            "idle_calls": len(idle),
-            "both_precopying_seconds": min(ends) - max(starts),
+            **_figures("precopies", during),
+            **_figures("cps", cps),
+            **_figures("idle", idle),
+            "precopies_seconds": min(ends) - max(starts),
             "precopied_bytes": sum(branch.precopy.total_bytes for branch in branches),
         }
 
-    def _branch_both(self) -> list[branch_pb2.Branch]:
-        with ThreadPoolExecutor(len(self._ids)) as threads:
-            return list(threads.map(self._served.branch, self._ids))
+    def _ask_during_cps(self) -> list[_Call]:
+        source = self._folder / "lag-source"
+        make_dense(source, self._touched_mib)
 
-    def _ask_during(self, work: object) -> list[_Call]:
-        assert callable(work)
+        def copy(sandbox_id: str) -> None:
+            target = self._folder / f"{sandbox_id}.copy"
+            try:
+                cp(source, target)
+            finally:
+                target.unlink(missing_ok=True)
+
+        try:
+            return self._ask_during(lambda: self._both(copy))
+        finally:
+            source.unlink()
+
+    def _both(self, work: Callable[[str], T]) -> list[T]:
+        with ThreadPoolExecutor(len(self._ids)) as threads:
+            return list(threads.map(work, self._ids))
+
+    def _ask_during(self, work: Callable[[], object]) -> list[_Call]:
         calls: list[_Call] = []
         over = threading.Event()
         with ThreadPoolExecutor(1) as threads:
@@ -106,3 +128,11 @@ class LoopLag:
             at, start = time.time(), time.perf_counter()
             self._served.get("lag-asked")
             calls.append(_Call(at, time.perf_counter() - start))
+
+
+def _figures(kind: str, calls: Sequence[_Call]) -> dict[str, float]:
+    return {
+        f"{kind}_worst_seconds": max(call.seconds for call in calls),
+        f"{kind}_median_seconds": median(call.seconds for call in calls),
+        f"{kind}_calls": len(calls),
+    }

@@ -1,4 +1,4 @@
-"""forkpointd: the server that branches running microVMs; its rooms and rules are in docs/design/."""
+"""forkpointd: the server that branches running microVMs; docs/design/ has its rooms and rules."""
 
 from importlib.metadata import version
 

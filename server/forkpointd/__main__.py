@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import os
 import signal
 import sys
@@ -92,12 +91,9 @@ def _serve(settings: Settings) -> int:
     from forkpointd.registry import RegistryError
     from forkpointd.rpc.unix_socket import ListenError
     from forkpointd.sandboxes.datadir import DataDirError, DataDirLocked
+    from forkpointd.telemetry.logs import configure_logging
 
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    configure_logging(settings.log_level)
 
     async def run() -> None:
         daemon = Daemon(settings, say)

@@ -80,8 +80,8 @@ class Settings(BaseSettings):
     """Branches that may wait on one source."""
     max_fork_count: int = Field(default=1000, ge=1, le=10_000)
     """Children of one fork."""
-    concurrent_starts: int = Field(default=8, ge=1, le=64)
-    """Children that are started at once."""
+    concurrent_starts: int = Field(default=32, ge=1, le=256)
+    """Children that are started at once: a start waits more than it computes."""
 
     window_deadline_seconds: float = Field(default=30.0, gt=0)
     """After this a branch whose window has no reply is FAILED and its source UNKNOWN; a window that
@@ -97,6 +97,8 @@ class Settings(BaseSettings):
 
     console_bytes: int = Field(default=4 * MIB, ge=64 * 1024)
     """How much of each console's output is kept."""
+    loop_lag_report_seconds: float = Field(default=0.0, ge=0)
+    """How often the event loop's worst lag is logged; 0: never."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("image_roots", mode="before")

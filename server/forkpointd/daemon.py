@@ -62,7 +62,8 @@ from forkpointd.sandboxes.forks import Forks
 from forkpointd.sandboxes.service import Sandboxes
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, host_memory_bytes
-from forkpointd.sandboxes.tasks import Tasks
+from forkpointd.sandboxes.tasks import Tasks, drain_tasks
+from forkpointd.telemetry.lag import watch_loop_lag
 from forkpointd.vmm import Binary, snapshot_version
 
 T = TypeVar("T")
@@ -196,8 +197,13 @@ class Daemon:
         expiry.start()
         stack.push_async_callback(expiry.close)
         consoles = Consoles(sandboxes.console_folder, sandboxes.console_ended)
+        stack.callback(consoles.close)
         housekeeping = Tasks("housekeeping")
         stack.push_async_callback(housekeeping.cancel)
+        if settings.loop_lag_report_seconds:
+            housekeeping.start_unwatched(
+                watch_loop_lag(settings.loop_lag_report_seconds), "loop lag"
+            )
         housekeeping.start_unwatched(branches.merge_kept_diffs(), "kept diffs")
         housekeeping.start_unwatched(
             self._keep_house(registry, sandboxes, snapshots, consoles), "loop"
@@ -238,7 +244,9 @@ class Daemon:
         await self._stopping.wait()
         self._say("draining: no new work; sandboxes run on")
         server.drain()
-        left = await branches.drain(settings.drain_seconds)
+        left = await drain_tasks(
+            (branches.tasks, forks.tasks, sandboxes.tasks), settings.drain_seconds
+        )
         if left:
             self._say(f"{left} pieces of work are left for the next start")
 
@@ -297,6 +305,7 @@ class Daemon:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             try:
                 await consoles.trim(list(sandboxes.live), self._settings.console_bytes)
+                await registry.restore_ballast()
                 await registry.expire_requests(now() - REQUESTS_KEPT)
                 await registry.prune_ended(now() - timedelta(days=self._settings.retention_days))
                 await snapshots.collect()

@@ -413,9 +413,7 @@ BRANCH_TRANSITIONS: Mapping[BranchStage, frozenset[BranchStage]] = {
     BranchStage.PAUSED: frozenset({BranchStage.RESUMED, BranchStage.FAILED}),
     BranchStage.RESUMED: frozenset({BranchStage.MERGING, BranchStage.FAILED}),
     BranchStage.MERGING: frozenset({BranchStage.FINALIZING, BranchStage.FAILED}),
-    BranchStage.FINALIZING: frozenset(
-        {BranchStage.FORKING, BranchStage.READY, BranchStage.FAILED}
-    ),
+    BranchStage.FINALIZING: frozenset({BranchStage.FORKING, BranchStage.READY, BranchStage.FAILED}),
     BranchStage.FORKING: frozenset({BranchStage.READY, BranchStage.FAILED}),
     BranchStage.READY: frozenset(),
     BranchStage.FAILED: frozenset(),
@@ -620,6 +618,16 @@ class RequestKey:
     request_id: str
     method: str
     fingerprint: str
+
+    def check(self, remembered: RememberedRequest) -> None:
+        """Raises REQUEST_ID_REUSED unless this is a repeat of what is remembered."""
+        if (self.method, self.fingerprint) != (remembered.method, remembered.fingerprint):
+            raise ForkpointError(
+                Reason.REQUEST_ID_REUSED,
+                f"request_id {self.request_id} was used for another {remembered.method} call: "
+                "make a new one for every call that is not a repeat",
+                metadata={"request_id": self.request_id},
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,9 @@
-"""`forkpointd` that is killed (SIGKILL, as `kill -9` does) at one named step of its own work.
+"""`forkpointd` that is killed (SIGKILL, as `kill -9` does), held or failed at one named step of
+its own work.
 
     python killing_server.py MODULE:NAME:before|after[:N] serve ...
+    python killing_server.py MODULE:NAME:hold=FILE serve ...       waits there until FILE is gone
+    python killing_server.py MODULE:NAME:fail=ERRNO serve ...      raises OSError, every time
 
 `MODULE:NAME` is a function or method of the server (`Class.method`); the Nth call of it (the first
 unless told) ends the process right before it begins or right after it has returned. With `A>B` step
@@ -15,6 +18,8 @@ import importlib
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +27,39 @@ def die() -> None:
     """What `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
     signal.pause()
+
+
+def hold(real: Any, file: Path) -> Any:
+    """The step, held at its beginning as long as FILE is there. FILE.reached says it is held."""
+
+    def blocked() -> bool:
+        if not file.exists():
+            return False
+        file.with_suffix(".reached").touch()
+        return True
+
+    @functools.wraps(real)
+    async def async_wrapper(*arguments: Any, **named: Any) -> Any:
+        while blocked():
+            await asyncio.sleep(0.005)
+        return await real(*arguments, **named)
+
+    @functools.wraps(real)
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        while blocked():
+            time.sleep(0.005)
+        return real(*arguments, **named)
+
+    return async_wrapper if asyncio.iscoroutinefunction(real) else wrapper
+
+
+def fail(number: int) -> Any:
+    """A step that fails as the kernel would."""
+
+    def wrapper(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return wrapper
 
 
 def arm(point: str) -> None:
@@ -34,6 +72,10 @@ def arm(point: str) -> None:
     for part in path:
         owner = getattr(owner, part)
     real = getattr(owner, attribute)
+    kind, _, value = when.partition("=")
+    if kind in ("hold", "fail"):
+        setattr(owner, attribute, hold(real, Path(value)) if kind == "hold" else fail(int(value)))
+        return
 
     def act() -> None:
         if then:

@@ -48,7 +48,9 @@ STEPS = {
     "prepared": f"{WINDOWS}.prepare:after",
     "pending": f"{LIFE}:BranchLife._make_pending:after",
     "before-window": "forkpointd.vmm.window:Window.run:before",
-    "requests-sent": ("forkpointd.vmm.window:Window.run:before>forkpointd.vmm.api:ApiConnection.receive:before"),
+    "requests-sent": (
+        "forkpointd.vmm.window:Window.run:before>forkpointd.vmm.api:ApiConnection.receive:before"
+    ),
     "after-window": "forkpointd.vmm.window:Window.run:after",
     "extents-stored": f"{WINDOWS}.read_extents:after",
     "figures-read": f"{WINDOWS}.describe:after",
@@ -200,10 +202,8 @@ async def next_branch_is_right(house: House, source: Guest, prefix: str) -> None
     await pause(house, source)
     auto = await house.ready(source.id, mode=AUTO, snapshot_id=f"{prefix}-auto")
     full = await house.ready(source.id, mode=FULL, snapshot_id=f"{prefix}-full")
-    compared = same_pages(
-        house.memory_file(auto.snapshot_id), house.memory_file(full.snapshot_id)
-    )
-    assert compared == MEMORY_MIB * 256
+    compared = same_pages(house.memory_file(auto.snapshot_id), house.memory_file(full.snapshot_id))
+    assert compared == (await house.get(source.id)).memory_mib * 256
     await resume(house, source)
     child = await house.child(auto.snapshot_id)
     assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)

@@ -247,7 +247,7 @@ class BranchLife:
         self.branch = replace(self.branch, pause_window=window)
         try:
             await self._enter(BranchStage.PAUSED, BranchStage.RESUMED)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the pages are kept
             await self._fail_with_diff(staged, error)
         else:
             await self._after_resumed(staged)
@@ -257,7 +257,7 @@ class BranchLife:
         try:
             await self._merge(staged)
             await self._finalise()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the pages are kept
             await self._fail_with_diff(staged, error)
         else:
             await self._shop.windows.remove(staged)
@@ -266,7 +266,11 @@ class BranchLife:
         """Whatever failed after the window: its pages exist nowhere else, so they are kept."""
         if not isinstance(error, ForkpointError | OSError):
             log.error("branch %s failed after its window", self.branch.branch_id, exc_info=error)
-        await self._keep_diff(staged)
+        await self._discard_draft()  # first: what it took up may be what is missing
+        try:
+            await self._keep_diff(staged)
+        except Exception:
+            log.exception("the diff of branch %s is kept, but not noted", self.branch.branch_id)
         await self._fail(
             error
             if isinstance(error, ForkpointError)
@@ -372,8 +376,9 @@ class BranchLife:
         """The last step before the window: all is built, then the base is PENDING, durably."""
         live, branch_id = self._live, self.branch.branch_id
         vmm = live.require_callable()
-        prepared = await self._shop.windows.prepare(
-            vmm, mode, staged, was_paused=live.row.state is SandboxState.PAUSED
+        was_paused = live.row.state is SandboxState.PAUSED
+        prepared = await self._shop.sandboxes.ask(
+            live, self._shop.windows.prepare(vmm, mode, staged, was_paused=was_paused)
         )
         try:
             await self._save()
@@ -430,7 +435,8 @@ class BranchLife:
         deadline: float,
     ) -> None:
         """The deadline is over: FAILED and UNKNOWN, but the window is still open. What it needs
-        (its connection, files, room and the source's turn) is kept until its last reply."""
+        (its connection, files, room and the branches' turn at the source) is kept until its last
+        reply. The turn at Firecracker is not: UNKNOWN keeps all others away, but a delete."""
         live = self._live
         await live.set_state(SandboxState.UNKNOWN)
         kept = held.pop_all()
@@ -451,6 +457,9 @@ class BranchLife:
         live = self._live
         async with kept:
             outcome = await running
+            if not self._still_there():
+                await self._shop.windows.remove(prepared.staged)
+                return
             failure = await self._settle_base(prepared, outcome)
             if failure is None:
                 await self._keep_diff(prepared.staged)
@@ -558,10 +567,7 @@ class BranchLife:
 
     async def _fail(self, error: ForkpointError) -> None:
         """Ends the branch, durably if the registry lets us, and in any case for its watchers."""
-        draft, self._draft = self._draft, None
-        if draft is not None:
-            with suppress(OSError):
-                await self._shop.run(lambda: self._shop.store.discard(draft))
+        await self._discard_draft()
         if self._fork is not None and not self._fork.stage.ended:
             try:
                 self._fork = await self._shop.forks.fail(self._fork.fork_id, error.problem)
@@ -570,6 +576,15 @@ class BranchLife:
         cancelled = error.reason is Reason.BRANCH_CANCELLED
         self.branch = replace(self.branch, error=error.problem)
         await self._enter(BranchStage.CANCELLED if cancelled else BranchStage.FAILED)
+
+    async def _discard_draft(self) -> None:
+        """Removes what there is of the image. What can't be removed goes at the next start."""
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            try:
+                await self._shop.run(lambda: self._shop.store.discard(draft))
+            except OSError as error:
+                log.error("the draft of branch %s stays: %s", self.branch.branch_id, error)
 
     async def _enter(self, *stages: BranchStage) -> None:
         """Enters a stage (or PAUSED and RESUMED together): durable first, then published. An end

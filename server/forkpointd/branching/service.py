@@ -35,6 +35,7 @@ from forkpointd.sandboxes.feed import Feed
 from forkpointd.sandboxes.forks import new_fork
 from forkpointd.sandboxes.live import LiveSandbox
 from forkpointd.sandboxes.service import new_id
+from forkpointd.sandboxes.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +62,14 @@ class Branches:
         feed = self._feeds.get(branch_id)
         if feed is not None:
             return feed.latest
-        branch = await self._shop.registry.get_branch(branch_id)
-        if branch is None:
+        view = await self._shop.registry.get_branch_view(branch_id)
+        if view is None:
             raise ForkpointError(
                 Reason.BRANCH_NOT_FOUND,
                 f"there is no branch {branch_id}; `forkpoint branch list` shows those there are",
                 metadata={"branch_id": branch_id},
             )
-        return await self._stored_view(branch)
-
-    async def _stored_view(self, branch: Branch) -> BranchView:
-        registry = self._shop.registry
-        feed = self._feeds.get(branch.branch_id)
-        if feed is not None:
-            return feed.latest
-        return BranchView(
-            branch,
-            await registry.get_snapshot(branch.snapshot_id, include_deleted=True),
-            None if branch.fork_id is None else await registry.get_fork(branch.fork_id),
-        )
+        return view
 
     async def list(
         self,
@@ -90,10 +80,15 @@ class Branches:
         stages: frozenset[BranchStage],
     ) -> Page[BranchView]:
         """A page, in order of admission."""
-        page = await self._shop.registry.list_branches(
+        page = await self._shop.registry.list_branch_views(
             page_size=page_size, after=after, sandbox_id=sandbox_id, stages=stages
         )
-        views = [await self._stored_view(branch) for branch in page.items]
+        views = (
+            self._feeds[view.branch.branch_id].latest
+            if view.branch.branch_id in self._feeds
+            else view
+            for view in page.items
+        )
         return Page(tuple(views), page.next_position)
 
     async def watch(self, branch_id: str, after_sequence: int) -> AsyncIterator[BranchView]:
@@ -298,9 +293,10 @@ class Branches:
                     except (ForkpointError, OSError) as error:
                         log.info("kept diffs of %s stay: %s", live.sandbox_id, error)
 
-    async def drain(self, seconds: float) -> int:
-        """Waits for branches at work; returns how many are left for the next start."""
-        return await self._shop.tasks.wait(seconds)
+    @property
+    def tasks(self) -> Tasks:
+        """The branches' work."""
+        return self._shop.tasks
 
     async def close(self) -> None:
         """Stops all work. What was past its window is finished by the next start."""

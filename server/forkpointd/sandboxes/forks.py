@@ -121,7 +121,7 @@ class Forks:
             return await self.fail(fork_id, error.problem)
         fork = await self._commit(replace(fork, stage=ForkStage.STARTING))
         taken: list[_Outcome] = []
-        lives: list[LiveSandbox] = []
+        rows: list[Sandbox] = []
         for index, row in enumerate(self._child_rows(fork, snapshot)):
             if row.sandbox_id in self._sandboxes.live:
                 problem = Problem(
@@ -131,8 +131,9 @@ class Forks:
                 )
                 taken.append(_Outcome(index, None, problem=problem))
             else:
-                await self._registry.insert_sandboxes([row])
-                lives.append(self._sandboxes.hold_row(row))
+                rows.append(row)
+        await self._registry.insert_sandboxes(rows)
+        lives = [self._sandboxes.hold_row(row) for row in rows]
         return await self._run(fork, lives, stored, taken)
 
     async def fail(self, fork_id: str, problem: Problem) -> ForkRow:
@@ -317,6 +318,8 @@ class Forks:
         fork = replace(fork, sequence=fork.sequence + 1, stage=stage, error=problem, end_time=now())
         await self._registry.put_fork(fork)
         self._feeds.pop(fork.fork_id).publish(fork, milestone=True, ended=True)
+        if any(child.state is not ForkChildState.READY for child in fork.children):
+            self.tasks.start_unwatched(self._sandboxes.snapshots.collect(), "collect snapshots")
         return fork
 
     async def close(self) -> None:

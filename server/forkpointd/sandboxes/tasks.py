@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -58,6 +58,18 @@ class Tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+async def drain_tasks(parts: Iterable[Tasks], seconds: float) -> int:
+    """Waits for the work of several parts, which may start more in each other, at most so long in
+    all; returns how much is still under way."""
+    parts = tuple(parts)
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    while any(len(part) for part in parts) and loop.time() < until:
+        for part in parts:
+            await part.wait(max(0.0, until - loop.time()))
+    return sum(len(part) for part in parts)
 
 
 def _log_failure(task: asyncio.Task[Any]) -> None:

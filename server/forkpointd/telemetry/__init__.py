@@ -1,0 +1,1 @@
+"""What the server tells about itself: logs, and how long its event loop was kept waiting."""

@@ -13,48 +13,53 @@ A *sandbox* is one microVM. A *snapshot* is an immutable image from which sandbo
 one snapshot. The same client without `await` is `forkpoint.sync`.
 """
 
-from forkpoint import errors
-from forkpoint._async._branches import Branches, Branching
-from forkpoint._async._client import Client, connect
-from forkpoint._async._console import Attachment, Console
-from forkpoint._async._forks import Children, Forks
-from forkpoint._async._sandboxes import Sandbox, Sandboxes
-from forkpoint._async._server import Server
-from forkpoint._async._snapshots import Snapshot, Snapshots
-from forkpoint._orders import UNCHANGED
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from forkpoint._version import __version__
-from forkpoint.enums import (
-    BranchMode,
-    BranchStage,
-    CheckOutcome,
-    CopyMethod,
-    DirtyBaseState,
-    ExpiryAction,
-    FailureAction,
-    ForkChildState,
-    ForkStage,
-    Layout,
-    SandboxState,
-    StagingKind,
-    VmmKind,
-    WishedState,
-)
-from forkpoint.errors import ForkpointError
-from forkpoint.views import (
-    BranchUpdate,
-    DirtyBase,
-    Drive,
-    ForkChild,
-    ForkUpdate,
-    HostCheck,
-    PauseWindow,
-    Progress,
-    SandboxExit,
-    SandboxView,
-    ServerInfo,
-    SnapshotView,
-    Vmm,
-)
+
+if TYPE_CHECKING:
+    from forkpoint import errors
+    from forkpoint._async._branches import Branches, Branching
+    from forkpoint._async._client import Client, connect
+    from forkpoint._async._console import Attachment, Console
+    from forkpoint._async._forks import Children, Forks
+    from forkpoint._async._sandboxes import Sandbox, Sandboxes
+    from forkpoint._async._server import Server
+    from forkpoint._async._snapshots import Snapshot, Snapshots
+    from forkpoint._orders import UNCHANGED
+    from forkpoint.enums import (
+        BranchMode,
+        BranchStage,
+        CheckOutcome,
+        CopyMethod,
+        DirtyBaseState,
+        ExpiryAction,
+        FailureAction,
+        ForkChildState,
+        ForkStage,
+        Layout,
+        SandboxState,
+        StagingKind,
+        VmmKind,
+        WishedState,
+    )
+    from forkpoint.errors import ForkpointError
+    from forkpoint.views import (
+        BranchUpdate,
+        DirtyBase,
+        Drive,
+        ForkChild,
+        ForkUpdate,
+        HostCheck,
+        PauseWindow,
+        Progress,
+        SandboxExit,
+        SandboxView,
+        ServerInfo,
+        SnapshotView,
+        Vmm,
+    )
 
 __all__ = [
     "UNCHANGED",
@@ -102,3 +107,83 @@ __all__ = [
     "connect",
     "errors",
 ]
+
+# Where the names are. They are imported when they are first used: gRPC takes half a second, which
+# `forkpoint --help` and a program that only wants `forkpoint.errors` need not pay.
+_PLACES = {
+    "forkpoint._async._branches": (
+        "Branches",
+        "Branching",
+    ),
+    "forkpoint._async._client": (
+        "Client",
+        "connect",
+    ),
+    "forkpoint._async._console": (
+        "Attachment",
+        "Console",
+    ),
+    "forkpoint._async._forks": (
+        "Children",
+        "Forks",
+    ),
+    "forkpoint._async._sandboxes": (
+        "Sandbox",
+        "Sandboxes",
+    ),
+    "forkpoint._async._server": ("Server",),
+    "forkpoint._async._snapshots": (
+        "Snapshot",
+        "Snapshots",
+    ),
+    "forkpoint._orders": ("UNCHANGED",),
+    "forkpoint.enums": (
+        "BranchMode",
+        "BranchStage",
+        "CheckOutcome",
+        "CopyMethod",
+        "DirtyBaseState",
+        "ExpiryAction",
+        "FailureAction",
+        "ForkChildState",
+        "ForkStage",
+        "Layout",
+        "SandboxState",
+        "StagingKind",
+        "VmmKind",
+        "WishedState",
+    ),
+    "forkpoint.errors": ("ForkpointError",),
+    "forkpoint.views": (
+        "BranchUpdate",
+        "DirtyBase",
+        "Drive",
+        "ForkChild",
+        "ForkUpdate",
+        "HostCheck",
+        "PauseWindow",
+        "Progress",
+        "SandboxExit",
+        "SandboxView",
+        "ServerInfo",
+        "SnapshotView",
+        "Vmm",
+    ),
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+
+
+if not TYPE_CHECKING:  # type checkers see the imports above, and what is misspelt
+
+    def __getattr__(name: str) -> Any:
+        if name == "errors":
+            return importlib.import_module("forkpoint.errors")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'forkpoint' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

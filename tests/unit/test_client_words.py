@@ -1,6 +1,7 @@
 """What needs no server: spans, addresses, errors, searches, the twin."""
 
 import socket
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -224,6 +225,18 @@ def test_both_clients_have_the_same_names() -> None:
         if isinstance(one, type):
             public = {each for each in dir(one) if not each.startswith("_")}
             assert public == {each for each in dir(cast("type", other)) if not each.startswith("_")}
+
+
+def test_every_public_name_is_there_and_imported_when_it_is_used() -> None:
+    assert all(getattr(forkpoint, name) is not None for name in forkpoint.__all__)
+    assert set(forkpoint.__all__) == {*forkpoint._MODULES, "__version__", "errors"}
+    assert dir(forkpoint) == sorted(forkpoint.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'snapshoot'"):
+        _ = forkpoint.snapshoot  # type: ignore[attr-defined]
+    lean = (
+        "import sys, forkpoint, forkpoint.errors, forkpoint.cli; assert 'grpc' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", lean], check=True)
 
 
 def test_nothing_asynchronous_is_left_in_the_twin() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import termios
+import threading
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -135,8 +136,25 @@ class _Session:
 
     async def _feed(self) -> None:
         """Standard input to the guest, to its end."""
-        while data := await asyncio.to_thread(os.read, sys.stdin.fileno(), 32768):
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        wanted = threading.Semaphore(4)
+
+        def read() -> None:
+            """Reads ahead of the guest, but not by much."""
+            data = b"?"
+            with suppress(RuntimeError):  # the loop is closed: nobody wants it any more
+                while data:
+                    wanted.acquire()
+                    data = os.read(sys.stdin.fileno(), 32768)
+                    loop.call_soon_threadsafe(pieces.put_nowait, data)
+
+        # Not one of asyncio's threads: those are waited for at the end, and a pipe may be silent
+        # for ever.
+        threading.Thread(target=read, name="standard input", daemon=True).start()
+        while data := await pieces.get():
             await self._attached.write(data)
+            wanted.release()
         await self._attached.end_input()
 
     async def interact(self) -> None:

@@ -24,7 +24,6 @@ from forkpoint.views import BranchUpdate, PauseWindow
 _WORDS = {
     BranchStage.QUEUED: "waits for an earlier branch or its turn to copy",
     BranchStage.PRECOPYING: "pre-copies what is known, while the source runs",
-    BranchStage.RESUMED: "the source runs again",
     BranchStage.MERGING: "lays the diff over the image",
     BranchStage.FINALIZING: "makes the snapshot durable",
     BranchStage.FORKING: "starts the children",
@@ -39,6 +38,7 @@ class BranchDisplay:
         self._quiet = quiet
         self._terse = terse
         self._shown: BranchStage | None = None
+        self._pause_told = False
         self._bars: dict[str, TaskID] = {}
         self._progress: Progress | None = None
         if console.is_terminal and not quiet:
@@ -76,23 +76,18 @@ class BranchDisplay:
             self._bar("pre-copy", update.precopy, note)
         if update.merge is not None:
             self._bar("merge", update.merge, "")
-        if update.stage is self._shown:
-            return
-        self._shown = update.stage
-        if self._terse:
-            return
-        if update.stage is BranchStage.RESUMED and update.pause is not None:
-            self._say(pause_line(update.pause))
-        elif update.stage in _WORDS:
-            self._note(update)
+        if not self._terse:
+            self._tell(update)
 
-    def _note(self, update: BranchUpdate) -> None:
-        """A stage, where there are no bars that show it."""
-        if self._progress is None:
-            self._say(f"{update.stage.value.lower()}: {_WORDS[update.stage]}")
-
-    def _say(self, line: str) -> None:
-        self._console.print(escape(line))
+    def _tell(self, update: BranchUpdate) -> None:
+        """Says what is new; stages only where there are no bars that show them."""
+        if update.pause is not None and not self._pause_told:
+            self._pause_told = True
+            self._console.print(escape(pause_line(update.pause)))
+        if update.stage is not self._shown:
+            self._shown = update.stage
+            if self._progress is None and update.stage in _WORDS:
+                self._console.print(f"{update.stage.value.lower()}: {_WORDS[update.stage]}")
 
     def _bar(self, name: str, progress: views.Progress, note: str) -> None:
         if self._progress is None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from forkpointd.branching.admission import Holding
+from forkpointd.branching.admission import Holding, expected_diff_bytes, private_bytes
 from forkpointd.branching.life import BranchLife, Workshop
 from forkpointd.branching.recovery import Recovered, examine
 from forkpointd.branching.unmerged import merge_kept_diffs
@@ -127,7 +127,7 @@ class Branches:
         holding = await self._shop.run(lambda: self._shop.admission.reserve(row, mode))
         try:
             if not waiting:
-                expected = live.row.last_diff_bytes or 0
+                expected = await self._shop.run(lambda: expected_diff_bytes(row, private_bytes))
                 self._shop.admission.decide(
                     live.row, order.mode, order.max_pause_us, holding.staging, expected
                 )

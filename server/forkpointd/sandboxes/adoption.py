@@ -63,6 +63,7 @@ async def adopt_all(
             vmm = await Vmm.adopt(row.process, live.folder, row.sandbox_id, calls)
             if vmm is not None:
                 keep.add(row.process.pid)
+                await run(sandboxes.starter.link_staging, live.folder)
                 sandboxes.attach(live, vmm)
                 adopted += 1
             elif row.state is not SandboxState.DELETING:

@@ -119,13 +119,21 @@ class Starter:
             prepare=lambda: self._make_folder(folder, row.machine),
         )
 
+    def link_staging(self, folder: Path) -> None:
+        """Points a sandbox's links at this server's staging folders, wherever a former server had
+        its own. Blocks."""
+        for kind in StagingKind:
+            link, target = folder / STAGING_LINKS[kind], self._data.staging(kind)
+            if not link.is_symlink() or link.readlink() != target:
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)
+
     def _make_folder(self, folder: Path, machine: Machine) -> None:
         """The folder of a sandbox that is about to start; a former try's leftovers go first."""
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
-        for kind in StagingKind:
-            os.symlink(self._data.staging(kind), folder / STAGING_LINKS[kind])
+        self.link_staging(folder)
         link_drives(folder, machine.drives)
 
 

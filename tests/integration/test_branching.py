@@ -20,6 +20,7 @@ from tests.integration.serving import (
     Guest,
     House,
     reason,
+    stage_error,
 )
 
 MEMORY_MIB = 128
@@ -205,3 +206,23 @@ async def test_a_restarted_server_knows_its_sandboxes_and_their_bases(house: Hou
     branch = await house.ready("src", mode=DIFF)
     child = await house.child(branch.snapshot_id)
     assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)
+
+
+async def test_a_damaged_base_costs_one_branch_and_no_page(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    await source.dirty(REGION_MIB)
+    await house.ready("src", snapshot_id="base")
+    memory = house.memory_file("base")
+    memory.chmod(0o600)
+    with memory.open("r+b") as file:
+        file.truncate(MEMORY_MIB << 19)
+    branch = await house.branch("src", mode=DIFF)
+    assert stage_error(branch) == "IMAGE_DAMAGED"
+    base = (await house.get("src")).dirty_base
+    assert base.state == sandbox_pb2.DIRTY_BASE_STATE_INVALID
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await house.branch("src", mode=DIFF)
+    assert reason(caught.value) == "DIRTY_BASE_INVALID"
+    full = await house.ready("src", mode=FULL)
+    child = await house.child(full.snapshot_id)
+    assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)

@@ -34,6 +34,7 @@ class Plan:
 class Holding:
     """The room that one branch has reserved: given back by `release`, whatever happens."""
 
+    mode: BranchMode
     staging: StagingKind
     image: Reservation | None
     staged: Reservation | None
@@ -79,7 +80,7 @@ class Admission:
         except NoRoom as error:
             image.release()
             raise no_room(Reason.NO_STAGING_SPACE, error) from error
-        return Holding(kind, image, staged)
+        return Holding(mode, kind, image, staged)
 
     def reserve_image(self, row: Sandbox) -> Reservation:
         """Room for one image of a source's memory, or NO_DISK_SPACE."""

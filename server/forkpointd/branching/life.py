@@ -36,7 +36,7 @@ from forkpointd.branching.imaging import (
 )
 from forkpointd.branching.opening import Prepared, Windows, window_failure
 from forkpointd.branching.prediction import PausePredictor
-from forkpointd.images import Draft, HostFacts, Manifest, SnapshotStore, data_bytes_of
+from forkpointd.images import Draft, HostFacts, ImageError, Manifest, SnapshotStore, data_bytes_of
 from forkpointd.model import (
     Branch,
     BranchMode,
@@ -146,10 +146,13 @@ class BranchLife:
     def begin(self) -> None:
         """Starts the cancellable part, so that `stop` works from the first moment on."""
         self._stack = AsyncExitStack()
-        self._stack.callback(self._holding.release)
+        self._stack.callback(self._release_room)
         self._until_window = self._shop.tasks.start(
             self._to_the_window(self._stack), f"branch {self.branch.branch_id} until its window"
         )
+
+    def _release_room(self) -> None:
+        self._holding.release()
 
     async def run(self) -> None:
         """From QUEUED to the end."""
@@ -293,6 +296,10 @@ class BranchLife:
             self._holding.staging,
             expected,
         )
+        if plan.mode is not self._holding.mode:
+            # AUTO, and an earlier branch changed what the base is: other room is needed.
+            self._holding.release()
+            self._holding = await shop.run(lambda: shop.admission.reserve(row, plan.mode))
         base = row.dirty_base
         self._base = base
         serial = await shop.registry.next_serial()
@@ -316,11 +323,14 @@ class BranchLife:
         async with shop.precopies.slot():
             await self._enter(BranchStage.PRECOPYING)
             async with self._reporting(lambda: self._note_precopy(meter)):
-                result = await shop.precopies.run(
-                    lambda should_stop: make_base_image(
-                        shop.store, base, memory_bytes, draft.memory_path, meter, should_stop
+                try:
+                    result = await shop.precopies.run(
+                        lambda should_stop: make_base_image(
+                            shop.store, base, memory_bytes, draft.memory_path, meter, should_stop
+                        )
                     )
-                )
+                except ImageError as error:
+                    raise await self._lose_base(error) from error
         self.branch = replace(
             self.branch,
             precopy=PrecopyProgress(
@@ -329,6 +339,16 @@ class BranchLife:
                 hole_bytes=memory_bytes - (0 if result is None else result.copied_bytes),
                 method=None if result is None else result.method,
             ),
+        )
+
+    async def _lose_base(self, error: ImageError) -> ForkpointError:
+        """The base's image can't be trusted any more: only a FULL branch helps."""
+        await self._set_base(DirtyBase.invalid(f"its image is damaged: {error}"))
+        return ForkpointError(
+            Reason.IMAGE_DAMAGED,
+            f"the image under the next diff of sandbox {self._live.sandbox_id} is damaged: "
+            f"{error}. The source runs on; branch it with mode FULL",
+            metadata={"sandbox_id": self._live.sandbox_id},
         )
 
     def _note_precopy(self, meter: Meter) -> None:

@@ -226,7 +226,7 @@ class Branches:
             self._shop,
             branch,
             live,
-            Holding(branch.staging or StagingKind.DISK, None, None),
+            Holding(branch.mode or BranchMode.DIFF, branch.staging or StagingKind.DISK, None, None),
             self._turns.setdefault(branch.sandbox_id, asyncio.Lock()),
             Feed(BranchView(branch, snapshot, fork)),
         )

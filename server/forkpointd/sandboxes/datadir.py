@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,10 @@ class DataDir:
         return self.tmpfs_staging if kind is StagingKind.TMPFS else self.disk_staging
 
     def close(self) -> None:
-        """Gives the folder free for another server."""
+        """Gives the folder free for another server. An empty staging folder goes: memory keeps
+        nothing of a server that left nothing in it."""
+        with suppress(OSError):
+            self.tmpfs_staging.rmdir()
         os.close(self.lock_fd)
 
 

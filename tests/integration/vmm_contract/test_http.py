@@ -113,9 +113,12 @@ def test_a_window_of_up_to_1024_bytes_is_run_whole_though_its_client_is_gone(
     wait_for(lambda: vm.state == "Running", "it runs again")
 
 
-@pytest.mark.parametrize("length", [1025, 1100])
+@pytest.mark.parametrize("length", [1025, 1080])
 def test_a_longer_window_leaves_it_paused_when_its_client_is_gone(vmms: Vmms, length: int) -> None:
-    """Why the server's windows are at most 1,000 bytes: the resume is never read whole."""
+    """Why the server's windows are at most 1,000 bytes: the resume is never read whole.
+
+    (Longer still, and the create is not in the first read either.)
+    """
     vm = vmms.booted()
     window_of_a_dead_client(vm, length)
     assert vm.state == "Paused"

@@ -98,9 +98,7 @@ class SnapshotStore:
         try:
             self._fs.mkdir(draft.folder)
         except FileExistsError as error:
-            raise ImageError(
-                f"branch {branch_id} has a draft already: {draft.folder}"
-            ) from error
+            raise ImageError(f"branch {branch_id} has a draft already: {draft.folder}") from error
         self._begin(draft.folder)
         return draft
 

@@ -27,6 +27,7 @@ _FICLONE = 0x40049409
 """_IOW(0x94, 9, int): include/uapi/linux/fs.h."""
 
 _FALLOC_FL_KEEP_SIZE = 0x01
+_SYNC_FILE_RANGE_WRITE = 2
 
 _FILESYSTEM_NAMES = {
     0x01021994: "tmpfs",
@@ -45,6 +46,7 @@ _FILESYSTEM_NAMES = {
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 
 
@@ -60,6 +62,14 @@ def fallocate(fd: int, offset_bytes: int, length_bytes: int) -> None:
     """Gives a file its blocks ahead of time; its size and contents stay. Unlike glibc's
     posix_fallocate it never writes zeros where the file system can't: it raises EOPNOTSUPP."""
     if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Lets the kernel begin to write dirty pages to the disk, so that a later fsync has less to
+    wait for; promises nothing (sync_file_range(2)). May wait for a busy disk. Raises OSError."""
+    if _libc.sync_file_range(fd, offset_bytes, length_bytes, _SYNC_FILE_RANGE_WRITE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

@@ -5,8 +5,8 @@ tracking by 4 KiB page, the same errors (status and `fault_message`) for the sam
 same serial console on stdin and stdout. What runs in it is not the given kernel but the witness
 guest's commands (`forkpointd.witness` lists them), served from state that lies in guest memory, so
 a restored child goes on exactly where its source was. One suite, `tests/integration/vmm_contract`,
-runs against it and against real Firecracker. Every place a user looks says that it is a simulator:
-`--version`, `app_name` and `vmm_version` of `GET /`, the log, the console's first line of a log.
+runs against it and against real Firecracker. It says that it is a simulator wherever a user looks:
+in `--version`, in `app_name` and `vmm_version` of `GET /`, in its log's first line.
 
 It imports the standard library only, and nothing of this project outside its own package, so that
 a hundred of them start quickly.

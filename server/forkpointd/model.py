@@ -619,12 +619,12 @@ class RequestKey:
     method: str
     fingerprint: str
 
-    def check(self, remembered: RememberedRequest) -> None:
-        """Raises REQUEST_ID_REUSED unless this is a repeat of what is remembered."""
-        if (self.method, self.fingerprint) != (remembered.method, remembered.fingerprint):
+    def check(self, first: RequestKey | RememberedRequest) -> None:
+        """Raises REQUEST_ID_REUSED unless this is a repeat of the first call with this id."""
+        if (self.method, self.fingerprint) != (first.method, first.fingerprint):
             raise ForkpointError(
                 Reason.REQUEST_ID_REUSED,
-                f"request_id {self.request_id} was used for another {remembered.method} call: "
+                f"request_id {self.request_id} was used for another {first.method} call: "
                 "make a new one for every call that is not a repeat",
                 metadata={"request_id": self.request_id},
             )

@@ -226,3 +226,27 @@ async def test_a_damaged_base_costs_one_branch_and_no_page(house: House) -> None
     full = await house.ready("src", mode=FULL)
     child = await house.child(full.snapshot_id)
     assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
+
+
+async def test_a_create_whose_caller_leaves_is_whole_or_not_there(house: House) -> None:
+    for number in range(8):
+        request = sandbox_service_pb2.CreateSandboxRequest(
+            sandbox_id=f"left-{number}",
+            boot=sandbox_service_pb2.BootSource(
+                kernel_image=str(house.kernel), memory_mib=MEMORY_MIB
+            ),
+        )
+        call = house.sandboxes.CreateSandbox(request)
+        await asyncio.sleep(0.002 * number)  # somewhere in its middle
+        call.cancel()
+    await house.boot("stays", MEMORY_MIB)
+    creating = sandbox_pb2.SANDBOX_STATE_CREATING
+    async with asyncio.timeout(20):
+        while True:
+            response = await house.sandboxes.ListSandboxes(
+                sandbox_service_pb2.ListSandboxesRequest()
+            )
+            if all(sandbox.state != creating for sandbox in response.sandboxes):
+                break
+    shown = {sandbox.pid for sandbox in response.sandboxes}
+    assert shown == set(house.vmm_pids())

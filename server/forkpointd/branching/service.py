@@ -30,10 +30,10 @@ from forkpointd.model import (
     StagingKind,
     now,
 )
-from forkpointd.registry import RequestSeen
 from forkpointd.sandboxes.feed import Feed
 from forkpointd.sandboxes.forks import new_fork
 from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.service import new_id
 from forkpointd.sandboxes.tasks import Tasks
 
@@ -53,6 +53,7 @@ class Branches:
         self._lives: dict[str, BranchLife] = {}
         self._feeds: dict[str, Feed[BranchView]] = {}
         self._turns: dict[str, asyncio.Lock] = {}
+        self._admissions: Repeats[Branch] = Repeats(shop.registry, shop.tasks)
         shop.sandboxes.before_delete.append(self._source_is_deleted)
 
     # --- looking ---
@@ -102,12 +103,13 @@ class Branches:
 
     async def start(self, order: BranchOrder) -> Branch:
         """Admits a branch, or finds the one that this request_id made."""
-        if order.request is not None:
-            remembered = await self._shop.registry.find_request(order.request.request_id)
-            if remembered is not None:
-                order.request.check(remembered)
-                return (await self.get(remembered.resource_id)).branch
-        return await self._shop.tasks.run(self._admit(order), f"admit {order.sandbox_id}")
+
+        async def find(branch_id: str) -> Branch:
+            return (await self.get(branch_id)).branch
+
+        return await self._admissions.run(
+            order.request, lambda: self._admit(order), find, f"admit {order.sandbox_id}"
+        )
 
     async def _admit(self, order: BranchOrder) -> Branch:
         live = self._shop.sandboxes.find(order.sandbox_id)
@@ -137,9 +139,6 @@ class Branches:
                 fork = new_fork(order.fork, branch.snapshot_id, branch_id=branch.branch_id)
                 branch = replace(branch, fork_id=fork.fork_id)
             await self._shop.registry.insert_branch(branch, fork, order.request)
-        except RequestSeen as seen:
-            holding.release()
-            return (await self.get(seen.remembered.resource_id)).branch
         except BaseException:
             holding.release()
             raise

@@ -30,9 +30,10 @@ from forkpointd.model import (
     now,
 )
 from forkpointd.model import Fork as ForkRow
-from forkpointd.registry import Registry, RequestSeen
+from forkpointd.registry import Registry
 from forkpointd.sandboxes.feed import Feed
 from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.service import Sandboxes, new_id, start_failure
 from forkpointd.sandboxes.tasks import Tasks
 from forkpointd.vmm import Vmm
@@ -58,6 +59,7 @@ class Forks:
         self._sandboxes = sandboxes
         self._registry: Registry = sandboxes.registry
         self._feeds: dict[str, Feed[ForkRow]] = {}
+        self._admissions: Repeats[ForkRow] = Repeats(self._registry, self.tasks)
         self._starts = asyncio.Semaphore(concurrent_starts)
 
     # --- looking ---
@@ -84,12 +86,9 @@ class Forks:
 
     async def start(self, order: ForkOrder) -> ForkRow:
         """Admits a fork, or finds the one that this request_id made."""
-        if order.request is not None:
-            remembered = await self._registry.find_request(order.request.request_id)
-            if remembered is not None:
-                order.request.check(remembered)
-                return await self.get(remembered.resource_id)
-        return await self.tasks.run(self._admit(order), "admit")
+        return await self._admissions.run(
+            order.request, lambda: self._admit(order), self.get, f"admit {order.snapshot_id}"
+        )
 
     async def _admit(self, order: ForkOrder) -> ForkRow:
         snapshots = self._sandboxes.snapshots
@@ -99,10 +98,7 @@ class Forks:
             fork = new_fork(order.spec, order.snapshot_id, branch_id=None)
             fork = replace(fork, stage=ForkStage.STARTING)
             rows = self._child_rows(fork, snapshot)
-            try:
-                await self._registry.insert_fork(fork, rows, order.request)
-            except RequestSeen as seen:
-                return await self.get(seen.remembered.resource_id)
+            await self._registry.insert_fork(fork, rows, order.request)
             lives = [self._sandboxes.hold_row(row) for row in rows]
         self._feeds[fork.fork_id] = Feed(fork)
         self.tasks.start_unwatched(self._run(fork, lives, stored), f"fork {fork.fork_id}")

@@ -26,7 +26,6 @@ from forkpointd.model import (
     Machine,
     Page,
     Reason,
-    RememberedRequest,
     Sandbox,
     SandboxChange,
     SandboxExit,
@@ -35,9 +34,10 @@ from forkpointd.model import (
     WishedState,
     now,
 )
-from forkpointd.registry import Registry, RequestSeen
+from forkpointd.registry import Registry
 from forkpointd.sandboxes.datadir import DataDir
 from forkpointd.sandboxes.live import LiveSandbox, describe_exit, not_found
+from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, check_drives, check_memory
 from forkpointd.sandboxes.tasks import Tasks
@@ -76,7 +76,7 @@ class Sandboxes:
         self._files = files
         self._call_timeout_seconds = call_timeout_seconds
         self._live: dict[str, LiveSandbox] = {}
-        self._creating: dict[str, asyncio.Task[Sandbox]] = {}
+        self._creates: Repeats[Sandbox] = Repeats(registry, self.tasks)
         self._deleting: dict[str, asyncio.Task[None]] = {}
 
     # --- looking ---
@@ -123,26 +123,12 @@ class Sandboxes:
 
     async def create(self, order: CreateOrder) -> Sandbox:
         """A sandbox whose guest runs. If this fails nothing of it is left."""
-        if order.request is not None:
-            remembered = await self.registry.find_request(order.request.request_id)
-            if remembered is not None:
-                order.request.check(remembered)
-                return await self._join(remembered)
-        try:
-            row, stored = await self._admit(order)
-        except RequestSeen as seen:
-            return await self._join(seen.remembered)
-        task = self.tasks.start(self._create(row, stored), f"create {row.sandbox_id}")
-        self._creating[row.sandbox_id] = task
-        task.add_done_callback(lambda _: self._creating.pop(row.sandbox_id, None))
-        return await asyncio.shield(task)
 
-    async def _join(self, remembered: RememberedRequest) -> Sandbox:
-        """What the request made: waits for the call that still makes it."""
-        task = self._creating.get(remembered.resource_id)
-        if task is not None:
-            return await asyncio.shield(task)
-        return await self.get(remembered.resource_id)
+        async def make() -> Sandbox:
+            row, stored = await self._admit(order)
+            return await self._create(row, stored)
+
+        return await self._creates.run(order.request, make, self.get, "create")
 
     async def _admit(self, order: CreateOrder) -> tuple[Sandbox, StoredSnapshot | None]:
         """Checks an order and makes its row durable."""

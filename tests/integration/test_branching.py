@@ -127,7 +127,8 @@ async def test_a_writing_source_is_caught_at_one_moment(house: House) -> None:
         child = await house.child(branch.snapshot_id)
         await child.ask("")  # stops the child's writer
         low, high, changes, misplaced = await child.verify(REGION_MIB)
-        assert changes <= 1 and high - low <= 1 and not misplaced
+        # One page may have its generation and not yet its index: the writer was caught in it.
+        assert changes <= 1 and high - low <= 1 and misplaced <= 1
 
 
 async def test_children_are_part_of_the_branch_and_deleting_its_snapshot_breaks_none(

@@ -147,7 +147,7 @@ def list_(
             ]
             for each in found
         ],
-        right="PAUSE, DIRTIED, TOOK, AGE",
+        right=["PAUSE", "DIRTIED", "TOOK", "AGE"],
     )
 
 

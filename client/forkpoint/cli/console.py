@@ -45,6 +45,12 @@ def console(
             metavar="SPAN", help="Input from a pipe: end when the guest is silent for so long."
         ),
     ] = "1s",
+    line_feed: Annotated[
+        bool,
+        typer.Option(
+            "--lf", help="Enter sends a line feed, as the witness guest wants; else a return."
+        ),
+    ] = False,
     timeout: Annotated[
         str | None, typer.Option(metavar="SPAN", help="With --until: how long to wait for it.")
     ] = None,
@@ -74,7 +80,7 @@ def console(
                     await session.show(wanted, timeout)
                 elif terminal:
                     output.say(f"{sandbox_id}: Ctrl-] detaches")
-                    await session.interact()
+                    await session.interact(line_feed=line_feed)
                 else:
                     await session.pipe(wanted, timeout, durations.parse(quiet_after))
 
@@ -157,7 +163,7 @@ class _Session:
             wanted.release()
         await self._attached.end_input()
 
-    async def interact(self) -> None:
+    async def interact(self, *, line_feed: bool) -> None:
         """A terminal on both sides, until Ctrl-]."""
         typed: asyncio.Queue[bytes] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -165,7 +171,7 @@ class _Session:
         with _raw(stdin):
             loop.add_reader(stdin, lambda: typed.put_nowait(os.read(stdin, 4096)))
             showing = asyncio.create_task(self.show(None, None))
-            typing = asyncio.create_task(self._type(typed))
+            typing = asyncio.create_task(self._type(typed, line_feed))
             try:
                 done, _ = await asyncio.wait({showing, typing}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -178,10 +184,12 @@ class _Session:
             task.result()
         output.say("detached" if typing in done else "the sandbox ended")
 
-    async def _type(self, typed: asyncio.Queue[bytes]) -> None:
+    async def _type(self, typed: asyncio.Queue[bytes], line_feed: bool) -> None:
         """What is typed, until the detach key."""
         while data := await typed.get():
             before, key, _ = data.partition(DETACH)
+            if line_feed:
+                before = before.replace(b"\r", b"\n")
             if before:
                 await self._attached.write(before)
             if key:
@@ -190,9 +198,15 @@ class _Session:
 
 @contextmanager
 def _raw(descriptor: int) -> Iterator[None]:
-    """The terminal without line editing and signals: each key goes to the guest."""
+    """The terminal without line editing and signals: each key goes to the guest.
+
+    Output is still processed, so that a guest's bare line feed begins a new line.
+    """
     before = termios.tcgetattr(descriptor)
     tty.setraw(descriptor)
+    raw = termios.tcgetattr(descriptor)
+    raw[1] = before[1]
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, raw)
     try:
         yield
     finally:

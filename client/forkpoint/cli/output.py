@@ -10,10 +10,8 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape, render
-from rich.table import Table
 
 from forkpoint import durations
 from forkpoint._version import __version__
@@ -101,32 +99,21 @@ def labels(pairs: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in sorted(pairs.items())) or "-"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "") -> None:
-    """A table; `right` names the columns of numbers, comma separated.
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()
+) -> None:
+    """A table; `right` names the columns of numbers.
 
-    In a terminal it is drawn by rich; elsewhere it is plain text whose lines are never cut.
+    Cells are never folded or cut, so that an id can be copied whatever the terminal's width.
     """
-    numbers = {name.strip() for name in right.split(",")}
-    if out.is_terminal:
-        drawn = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-        for name in columns:
-            drawn.add_column(
-                name,
-                justify="right" if name in numbers else "left",
-                overflow="fold",
-                no_wrap=name in numbers,
-            )
-        for row in rows:
-            drawn.add_row(*(escape(cell) for cell in row))
-        out.print(drawn, soft_wrap=False)
-        return
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
+    for number, row in enumerate((columns, *rows)):
         cells = [
-            cell.rjust(width) if name in numbers else cell.ljust(width)
+            cell.rjust(width) if name in right else cell.ljust(width)
             for cell, width, name in zip(row, widths, columns, strict=True)
         ]
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+        line = escape("  ".join(cells).rstrip())
+        out.print(f"[bold]{line}[/bold]" if number == 0 else line)
 
 
 def facts(pairs: Sequence[tuple[str, str | None]]) -> None:

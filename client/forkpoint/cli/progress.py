@@ -90,10 +90,9 @@ class BranchDisplay:
                 self._console.print(f"{update.stage.value.lower()}: {_WORDS[update.stage]}")
 
     def _bar(self, name: str, progress: views.Progress, note: str) -> None:
-        if self._progress is None:
+        if self._progress is None or not progress.total_bytes:
             return
-        total = max(progress.total_bytes, 1)
-        done = total if not progress.total_bytes else progress.done_bytes
+        total, done = progress.total_bytes, progress.done_bytes
         if name not in self._bars:
             self._bars[name] = self._progress.add_task(name.ljust(8), total=total, note=note)
         self._progress.update(self._bars[name], completed=done, total=total, note=note)

@@ -15,7 +15,7 @@ from forkpoint.errors import ForkpointError
 from forkpoint.views import Drive, SandboxView
 
 app = typer.Typer(
-    help="Microvms: create them, look at them, pause them, talk to their consoles.",
+    help="MicroVMs: create them, look at them, pause them, talk to their consoles.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -145,7 +145,7 @@ def list_(
             ]
             for each in found
         ],
-        right="MEMORY, AGE",
+        right=["MEMORY", "AGE"],
     )
 
 

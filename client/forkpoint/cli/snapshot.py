@@ -60,7 +60,7 @@ def list_(
             ]
             for each in found
         ],
-        right="MEMORY, DIRTIED, ON DISK, AGE",
+        right=["MEMORY", "DIRTIED", "ON DISK", "AGE"],
     )
 
 

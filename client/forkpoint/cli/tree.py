@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import forkpoint
@@ -55,10 +56,17 @@ def lineage(sandboxes: Sequence[SandboxView], snapshots: Sequence[SnapshotView])
             below[parent].append(key)
     roots: list[Node] = []
     for key, node in nodes.items():
-        node.children = [nodes[child] for child in below[key]]
+        node.children = sorted((nodes[child] for child in below[key]), key=_age)
         if parents.get(key) is None:
             roots.append(node)
-    return roots
+    return sorted(roots, key=_age)
+
+
+def _age(node: Node) -> datetime:
+    """What nodes are sorted by: their creation, and for deleted ones what came from them."""
+    if node.view is not None and node.view.create_time is not None:
+        return node.view.create_time
+    return min((_age(child) for child in node.children), default=datetime.min.replace(tzinfo=UTC))
 
 
 def tree(address: Address = None, json: Json = False) -> None:

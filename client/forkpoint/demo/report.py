@@ -15,6 +15,14 @@ from forkpoint.demo.story import BranchRow, Claim, Outcome
 from forkpoint.enums import BranchMode, StagingKind, VmmKind
 from forkpoint.views import BranchUpdate, ForkUpdate, ServerInfo
 
+_LEGEND = """\
+dirtied  memory that was written while the source stood still
+copied   memory that was pre-copied before, while it ran
+pause    how long it stood still, by the server's clock
+parts    to pause + to write + to resume, by the VMM's own clock
+guest    the longest gap that the source saw on its own clock meanwhile
+ready    from the request until the snapshot was durable and bootable"""
+
 
 class Narrator:
     """Tells the story on a console; silent where it is asked to."""
@@ -96,21 +104,10 @@ def print_outcome(outcome: Outcome) -> None:
     """The table, what it means, and what to type next."""
     output.out.print()
     output.table(
-        [
-            "MODE",
-            "WROTE",
-            "WINDOW",
-            "PRE-COPIED",
-            "PAUSE",
-            "VMM = PAUSE + WRITE + RESUME",
-            "GUEST SAW",
-            "READY AFTER",
-            "ON DISK",
-        ],
+        ["MODE", "DIRTIED", "COPIED", "PAUSE", "VMM'S PARTS, ms", "GUEST", "READY", "DISK"],
         [
             [
                 row.mode.value,
-                output.size(row.written_bytes),
                 output.size(row.pause.dirty_bytes),
                 "-" if row.precopied_bytes is None else output.size(row.precopied_bytes),
                 output.span(row.pause.total),
@@ -121,13 +118,9 @@ def print_outcome(outcome: Outcome) -> None:
             ]
             for row in outcome.branches
         ],
-        right="WROTE, WINDOW, PRE-COPIED, PAUSE, GUEST SAW, READY AFTER, ON DISK",
+        right=["DIRTIED", "COPIED", "PAUSE", "VMM'S PARTS, ms", "GUEST", "READY", "DISK"],
     )
-    output.out.print(
-        "[dim]wrote: by the source since the branch before · window: bytes of memory written while"
-        " it stood still\npause: by the server's clock · VMM: by its own · guest saw: the longest"
-        " gap on the source's own clock[/dim]"
-    )
+    output.out.print(f"[dim]{_LEGEND}[/dim]")
     output.out.print()
     if outcome.children_ready_after is not None:
         output.out.print(
@@ -162,8 +155,8 @@ def print_outcome(outcome: Outcome) -> None:
 
 def _parts(row: BranchRow) -> str:
     pause = row.pause
-    parts = " + ".join(output.span(part) for part in (pause.pause, pause.snapshot, pause.resume))
-    return f"{output.span(pause.vmm_total)} = {parts}"
+    parts = (pause.pause, pause.snapshot, pause.resume)
+    return " + ".join(f"{part.total_seconds() * 1000:.3g}" for part in parts)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class Daemon:
             raise StartError("; ".join(f"{check.detail}: {check.remedy}" for check in failed))
         registry = await Registry.open(data.registry_path)
         stack.push_async_callback(registry.close)
+        await registry.restore_ballast()
 
         host = await _in_thread(
             lambda: read_host_facts(

@@ -68,9 +68,7 @@ class Registry:
             await reader.close()
             await writer.close()
             raise
-        registry = cls(writer, reader, Ballast(path))
-        await registry.restore_ballast()
-        return registry
+        return cls(writer, reader, Ballast(path))
 
     async def close(self) -> None:
         """Takes no more calls, finishes those under way, closes the file. Idempotent."""

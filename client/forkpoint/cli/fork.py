@@ -109,13 +109,15 @@ async def _find(fp: forkpoint.Client, name: str) -> forkpoint.Sandbox | forkpoin
 
 
 def _show(children: forkpoint.Children, *, json: bool) -> None:
+    order = {c.id: n for n, c in enumerate(children.fork.children)} if children.fork else {}
+    ready = sorted(children.ready, key=lambda child: order.get(child.id, 0))
     if json:
         output.print_json(
             {
                 "fork": children.fork,
                 "branch": children.branch,
                 "snapshot_id": children.snapshot.id if children.snapshot else None,
-                "children": [child.id for child in children.ready],
+                "children": [child.id for child in ready],
                 "failed": children.failed,
             }
         )
@@ -129,9 +131,7 @@ def _show(children: forkpoint.Children, *, json: bool) -> None:
         facts += pause_facts(children.pause)
     output.facts(facts)
     starts = {c.id: c.start_duration for c in children.fork.children} if children.fork else {}
-    rows = [
-        [child.id, child.state.value, output.span(starts.get(child.id))] for child in children.ready
-    ]
+    rows = [[child.id, child.state.value, output.span(starts.get(child.id))] for child in ready]
     rows += [
         [child.id, "FAILED", str(child.error).splitlines()[0] if child.error else ""]
         for child in children.failed

@@ -30,9 +30,9 @@ class ServerFailed(Exception):
 
 
 @contextmanager
-def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """A folder that is removed at the end, with all that is in it or works in it."""
-    folder = Path(tempfile.mkdtemp(prefix="forkpoint-demo-", dir=parent)).resolve()
+    folder = Path(tempfile.mkdtemp(prefix="forkpoint-demo-")).resolve()
     try:
         yield folder
     finally:
@@ -41,13 +41,17 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def staging_folder() -> Iterator[Path | None]:
+def staging_folder(name: str) -> Iterator[Path | None]:
     """A folder in memory for the pause windows; None where this machine offers none."""
-    if os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
-        with temporary_folder(SHARED_MEMORY) as folder:
-            yield folder
-    else:
+    if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
         yield None
+        return
+    folder = SHARED_MEMORY / name
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def end_processes_in(folder: Path) -> None:

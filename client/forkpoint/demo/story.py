@@ -123,7 +123,7 @@ async def perform(options: Options, teller: Teller) -> Outcome:
     """Runs the demo. Whatever happens, it leaves nothing behind."""
     started = time.monotonic()
     outcome = Outcome()
-    with temporary_folder() as folder, staging_folder() as staging:
+    with temporary_folder() as folder, staging_folder(folder.name) as staging:
         outcome.memory_mib = options.memory_mib or memory_mib(folder)
         kernel = await asyncio.to_thread(witness_kernel)
         async with running_server(folder, kernel.parent, staging=staging, vmm=options.vmm) as fp:

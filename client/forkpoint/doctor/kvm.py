@@ -21,6 +21,9 @@ KVM_GET_API_VERSION = 0xAE00
 KVM_API_VERSION = 12
 """Linux's Documentation/virt/kvm/api.rst: any other is to be refused."""
 
+_CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
+"""What Docker and Podman leave in every container."""
+
 _WITHOUT = "Without KVM there is the simulator (forkpointd serve --vmm simulator): no guest runs."
 
 
@@ -78,9 +81,13 @@ def _failed(detail: str, remedy: str) -> HostCheck:
     return HostCheck("kvm", CheckOutcome.FAILED, detail, remedy)
 
 
-def _missing(device: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> HostCheck:
+def _missing(
+    device: Path,
+    cpuinfo: Path = Path("/proc/cpuinfo"),
+    containers: Collection[Path] = _CONTAINER_MARKS,
+) -> HostCheck:
     """No device: no module, no virtualisation in the CPU, or a container without the device."""
-    if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
+    if any(mark.exists() for mark in containers):
         return _failed(
             f"there is no {device} in this container",
             f"Give it the device: docker run --device {device} ... {_WITHOUT}",

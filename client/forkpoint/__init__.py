@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         SandboxView,
         ServerInfo,
         SnapshotView,
+        StageEntry,
         Vmm,
     )
 
@@ -99,6 +100,7 @@ __all__ = [
     "Snapshot",
     "SnapshotView",
     "Snapshots",
+    "StageEntry",
     "StagingKind",
     "Vmm",
     "VmmKind",
@@ -167,6 +169,7 @@ _PLACES = {
         "SandboxView",
         "ServerInfo",
         "SnapshotView",
+        "StageEntry",
         "Vmm",
     ),
 }

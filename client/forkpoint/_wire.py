@@ -195,7 +195,7 @@ def branch(message: branch_pb2.Branch) -> views.BranchUpdate:
         sequence=message.sequence,
         stage=enum_from(enums.BranchStage, branch_pb2.BranchStage, message.stage),
         stages=tuple(
-            (
+            views.StageEntry(
                 enum_from(enums.BranchStage, branch_pb2.BranchStage, entry.stage),
                 _instant(entry.enter_time),
             )

@@ -153,6 +153,14 @@ class Progress:
         return self.done_bytes / self.total_bytes if self.total_bytes else 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class StageEntry:
+    """When a branch entered a stage."""
+
+    stage: BranchStage
+    enter_time: datetime
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PauseWindow:
     """How long the source stood still, from the pause request to the reply of the resume."""
@@ -218,7 +226,7 @@ class BranchUpdate:
     sequence: int
     """Grows with every change; compare, don't count."""
     stage: BranchStage
-    stages: tuple[tuple[BranchStage, datetime], ...]
+    stages: tuple[StageEntry, ...]
     """The stages it has entered, in order, with the time of each."""
     requested_mode: BranchMode
     mode: BranchMode

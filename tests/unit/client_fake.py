@@ -105,6 +105,8 @@ class Fake(
         """Branches wait before this stage (or before FORKING's child "child-<n>")."""
         self.cut_after: list[int | None] = []
         """For each next stream: after how many messages its connection breaks; None: never."""
+        self.silent_before_first = False
+        """Whether streams that are started now never say anything."""
         self.end_early = False
         """Whether a cut stream ends with OK instead of breaking."""
         self.failing_children: set[int] = set()
@@ -418,7 +420,12 @@ class Fake(
         context: Context,
     ) -> Iterator[Any]:
         """The state now and after each change, its end last; breaks when told to."""
+        context.add_callback(self._wake)
         cut = self.cut_after.pop(0) if self.cut_after else None
+        if self.silent_before_first:
+            with self.changed:
+                self.changed.wait_for(lambda: not context.is_active(), WAIT_SECONDS)
+            return
         over = (
             (
                 branch_pb2.BRANCH_STAGE_READY,
@@ -428,7 +435,6 @@ class Fake(
             if field == "branch"
             else (fork_pb2.FORK_STAGE_READY, fork_pb2.FORK_STAGE_FAILED)
         )
-        context.add_callback(self._wake)
         sent = 0
         while True:
             if sent == cut:

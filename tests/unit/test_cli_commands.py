@@ -1,6 +1,7 @@
 """The command line against a fake server: what it prints, and the codes it ends with."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,6 +122,32 @@ def test_a_branch_can_be_let_go_watched_and_cancelled(fake: Fake) -> None:
     cancelled = forkpoint_("branch", "cancel", "b")
     assert cancelled.exit_code == exits.REFUSED
     assert "too late" in cancelled.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("branch", "start", "agent-7", "--branch", "b"), "the branch goes on"),
+        (("fork", "agent-7", "--id", "try"), "its children will be try-0 and on"),
+    ],
+)
+def test_ctrl_c_ends_the_watching_and_not_the_work(
+    fake: Fake, command: tuple[str, ...], words: str
+) -> None:
+    fake.add_sandbox("agent-7")
+    fake.hold_before = "MERGING"
+    line = [sys.executable, "-c", "from forkpoint.cli import main; main()", *command]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "stood still" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(60) == exits.INTERRUPTED
+    assert words in said
+    assert "Traceback" not in said
+    fake.release()
+    fake.wait_for(lambda: len(fake.snapshots) == 1)
 
 
 def test_a_refusal_is_said_with_its_reason_and_its_code(fake: Fake) -> None:

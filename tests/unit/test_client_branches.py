@@ -67,7 +67,7 @@ async def test_the_same_object_is_iterated_for_every_update(
     last = seen[-1]
     assert last.stage is BranchStage.READY
     assert last.stage.over
-    assert [stage for stage, _ in last.stages][-1] is BranchStage.READY
+    assert last.stages[-1].stage is BranchStage.READY
     pause = branching.pause
     assert pause is not None
     assert pause.total == timedelta(milliseconds=4.2)
@@ -340,6 +340,26 @@ async def test_a_cancelled_block_is_cleaned_up(fake: Fake, source: forkpoint.San
         await task
     assert list(fake.sandboxes) == ["agent-7"]
     assert fake.snapshots == {}
+
+
+async def test_a_block_that_is_cancelled_while_it_is_entered_leaves_nothing(
+    fake: Fake, source: forkpoint.Sandbox
+) -> None:
+    fake.silent_before_first = True
+
+    async def work() -> None:
+        async with source.fork(2):
+            pytest.fail("it was never entered")
+
+    task = asyncio.create_task(work())
+    await asyncio.to_thread(fake.wait_for, lambda: len(fake.branches) == 1)
+    task.cancel()
+    fake.silent_before_first = False
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list(fake.sandboxes) == ["agent-7"]
+    assert fake.snapshots == {}
+    assert len(fake.branches) == 1
 
 
 async def test_what_could_not_be_cleaned_up_is_added_to_the_error_in_the_block(

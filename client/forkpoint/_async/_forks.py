@@ -161,7 +161,17 @@ class Children:
         self._kept_snapshot = self._kept_snapshot or snapshot
 
     async def __aenter__(self) -> Children:
-        await self.next()
+        try:
+            await self.next()
+        except ForkpointError:
+            raise
+        except BaseException:
+            # Interrupted while the server may have admitted it already: join it, which its
+            # request_id makes the same call, to take it back.
+            with suppress(ForkpointError):
+                await self.next()
+                await self._clean_up()
+            raise
         return self
 
     async def __aiter__(self) -> AsyncIterator[Sandbox]:

@@ -162,7 +162,17 @@ class Children:
         self._kept_snapshot = self._kept_snapshot or snapshot
 
     def __enter__(self) -> Children:
-        self.next()
+        try:
+            self.next()
+        except ForkpointError:
+            raise
+        except BaseException:
+            # Interrupted while the server may have admitted it already: join it, which its
+            # request_id makes the same call, to take it back.
+            with suppress(ForkpointError):
+                self.next()
+                self._clean_up()
+            raise
         return self
 
     def __iter__(self) -> Iterator[Sandbox]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 import typer
@@ -170,11 +171,16 @@ async def follow(
     branching: forkpoint.Branching, *, json: bool, lines: bool = False
 ) -> BranchUpdate:
     """Shows a branch until its end, and returns that; raises why it failed."""
-    with BranchDisplay(output.err, quiet=json) as display:
-        async for update in branching:
-            display.update(update)
-            if lines:
-                output.print_json(update, line=True)
+    try:
+        with BranchDisplay(output.err, quiet=json) as display:
+            async for update in branching:
+                display.update(update)
+                if lines:
+                    output.print_json(update, line=True)
+    except asyncio.CancelledError:
+        if branching.id is not None:
+            output.say(f"the branch goes on: forkpoint branch watch {branching.id} (or cancel)")
+        raise
     return await branching.started()
 
 

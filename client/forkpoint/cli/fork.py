@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -70,7 +72,7 @@ def fork(
                 children = found.fork(count, mode=mode, max_pause=max_pause, **options)
             else:
                 children = found.fork(count, **options)
-            with BranchDisplay(output.err, quiet=json) as display:
+            with BranchDisplay(output.err, quiet=json) as display, _interruptible(children):
                 async with children:
                     children.keep()
                     if children.branch is not None:
@@ -85,6 +87,17 @@ def fork(
     _show(children, json=json)
     if children.failed:
         raise typer.Exit(exits.PARTIAL)
+
+
+@contextmanager
+def _interruptible(children: forkpoint.Children) -> Iterator[None]:
+    """What becomes of a fork whose watching is interrupted."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        if children.fork is not None:
+            output.say(f"the fork goes on; its children will be {children.fork.id}-0 and on")
+        raise
 
 
 async def _find(fp: forkpoint.Client, name: str) -> forkpoint.Sandbox | forkpoint.Snapshot:

@@ -22,6 +22,7 @@ from bench.machine import filesystem_of
 SHM = Path("/dev/shm")
 PREFIX = "forkpoint-bench-"
 END_SECONDS = 10.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ScratchError(Exception):
@@ -107,12 +108,13 @@ def _disk() -> Path:
 
 @contextmanager
 def _terminating() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as a Ctrl-C does."""
+    """SIGTERM and SIGHUP end a run as a Ctrl-C does; so does SIGINT where a shell that started the
+    run in the background has it ignored."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
+    before = {n: signal.signal(n, interrupt) for n in _ENDING}
     try:
         yield
     finally:
@@ -122,8 +124,7 @@ def _terminating() -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     try:
         yield
     finally:

@@ -152,8 +152,9 @@ with scratch(None) as place:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_broken_off_leaves_no_process_and_no_file(number: signal.Signals) -> None:
+    in_background = 'trap "" INT; exec "$0" -c "$1"'  # as a shell's & starts it
     run = subprocess.Popen(
-        [sys.executable, "-c", CHILD],
+        ["sh", "-c", in_background, sys.executable, CHILD],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -7,7 +7,7 @@ its own work.
 
 `MODULE:NAME` is a function or method of the server (`Class.method`); the Nth call of it (the first
 unless told) ends the process right before it begins or right after it has returned. With `A>B` step
-A only arms step B. Nothing in the server knows about this.
+A only arms step B; several steps are separated by commas. Nothing in the server knows about this.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def arm(point: str) -> None:
 
 
 if __name__ == "__main__":
-    arm(sys.argv[1])
+    for each in sys.argv[1].split(","):
+        arm(each)
     from forkpointd.__main__ import main
 
     sys.exit(main(sys.argv[2:]))

@@ -47,6 +47,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+BOOT_HINT = ". Look at the kernel image, the initrd, the boot arguments and the drives"
 RECHECK_FIRST_SECONDS = 0.1
 RECHECK_MOST_SECONDS = 2.0
 
@@ -136,6 +137,7 @@ class Sandboxes:
         if order.boot is not None:
             check_drives(order.boot.machine.drives)
             check_memory(order.boot.machine)
+            await starter.check_kernel(order.boot.kernel_image)
             row = self.new_row(
                 order.sandbox_id or new_id("sb"), order.boot.machine, DirtyBase.empty()
             )
@@ -199,7 +201,8 @@ class Sandboxes:
                 await live.edit(lambda row: self.started(row, vmm))
             except BaseException as error:
                 await self.discard([live])
-                raise start_failure(row.sandbox_id, error) from error
+                hint = BOOT_HINT if stored is None else ""
+                raise start_failure(row.sandbox_id, error, hint) from error
         self.expiry_changed()
         return live.row
 
@@ -413,12 +416,13 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(6)}"
 
 
-def start_failure(sandbox_id: str, error: BaseException) -> BaseException:
-    """What a client is told about a process that did not start."""
+def start_failure(sandbox_id: str, error: BaseException, hint: str = "") -> BaseException:
+    """What a client is told about a process that did not start; `hint` says what may help where
+    Firecracker itself refused."""
     if isinstance(error, VmmFault):
         return ForkpointError(
             Reason.VMM_FAILED,
-            f"sandbox {sandbox_id} did not start: {error.fault_message}",
+            f"sandbox {sandbox_id} did not start: {error.fault_message}{hint}",
             metadata={"sandbox_id": sandbox_id},
         )
     if isinstance(error, VmmGone):

@@ -43,6 +43,12 @@ from forkpointd.vmm import (
 
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1"
 
+ELF_MAGIC = b"\x7fELF"
+ELF_HEADER_BYTES = 64
+BZIMAGE_MAGIC = b"HdrS"
+BZIMAGE_MAGIC_AT = 0x202
+"""Linux's Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header"."""
+
 
 class Starter:
     """Starts processes for sandboxes whose rows are in the registry already."""
@@ -67,6 +73,10 @@ class Starter:
     async def boot(self, row: Sandbox, boot: Boot) -> Vmm:
         """Boots a kernel. If this fails the process is gone; the folder is the caller's."""
         return await self._start(row, boot_requests(boot))
+
+    async def check_kernel(self, kernel: Path) -> None:
+        """Refuses, as INVALID_FIELD, a file that can't be a kernel: before there is a sandbox."""
+        await asyncio.get_running_loop().run_in_executor(self._calls, check_kernel, kernel)
 
     async def load(self, row: Sandbox, stored: StoredSnapshot) -> Vmm:
         """Starts from a snapshot that `check_loadable` passed. If this fails the process is gone;
@@ -135,6 +145,30 @@ class Starter:
         folder.mkdir(mode=0o700)
         self.link_staging(folder)
         link_drives(folder, machine.drives)
+
+
+def check_kernel(kernel: Path) -> None:
+    """Refuses a file that Firecracker on x86-64 can't boot: it takes ELF only. Blocks."""
+    if os.uname().machine != "x86_64":
+        return
+    try:
+        with kernel.open("rb") as opened:
+            head = opened.read(BZIMAGE_MAGIC_AT + len(BZIMAGE_MAGIC))
+    except OSError as error:
+        raise _no_kernel(kernel, f"can't be read: {error.strerror}") from error
+    if head[BZIMAGE_MAGIC_AT:] == BZIMAGE_MAGIC:
+        raise _no_kernel(kernel, "is a compressed kernel (bzImage)")
+    if len(head) < ELF_HEADER_BYTES or not head.startswith(ELF_MAGIC):
+        raise _no_kernel(kernel, "is no ELF file")
+
+
+def _no_kernel(kernel: Path, why: str) -> ForkpointError:
+    words = f"{kernel} {why}: name an uncompressed kernel (vmlinux, an ELF file)"
+    return ForkpointError(
+        Reason.INVALID_FIELD,
+        f"boot.kernel_image: {words}",
+        fields=(FieldViolation("boot.kernel_image", words),),
+    )
 
 
 def check_drives(drives: tuple[Drive, ...]) -> None:

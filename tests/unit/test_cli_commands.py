@@ -16,7 +16,8 @@ import forkpoint
 from forkpoint import _versions
 from forkpoint.cli import exits
 from forkpoint.cli.app import app
-from tests.unit.client_fake import Fake, fresh_address, status_of
+from tests.unit.client_fake import Fake, fresh_address
+from tests.unit.client_fake_state import status_of
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from forkpoint._orders import create_request, fork_spec, update_request
 from forkpoint._status import from_status
 from forkpoint.enums import BranchMode, choose
 from forkpoint.target import Target, default_socket
-from tests.unit.client_fake import status_of
+from tests.unit.client_fake_state import status_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import unasync_client

@@ -22,10 +22,10 @@ from typing import TypeVar
 import forkpointd
 from forkpointd.branching.admission import Admission
 from forkpointd.branching.imaging import CopyWorkers
-from forkpointd.branching.life import Workshop
 from forkpointd.branching.opening import Windows
 from forkpointd.branching.prediction import PausePredictor
 from forkpointd.branching.service import Branches
+from forkpointd.branching.workshop import Workshop
 from forkpointd.config import Settings
 from forkpointd.host import (
     check_data_dir,

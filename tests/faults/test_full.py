@@ -85,7 +85,7 @@ async def test_staging_full_in_the_window_leaves_a_valid_base(
 ) -> None:
     with small_disk(tmp_path / "staging", MEMORY_MIB + 32) as staging:
         house = FilledHouse(tmp_path / "h", binary, witness_kernel, staging_dir=staging)
-        step = house.hold_at(f"{LIFE}:BranchLife._make_pending")
+        step = house.hold_at("forkpointd.branching.source:Source._make_pending")
         try:
             await house.start()
             source = await house.boot("src", MEMORY_MIB)

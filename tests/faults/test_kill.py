@@ -46,7 +46,7 @@ STEPS = {
     "after-precopy": f"{LIFE}:make_base_image:after",
     "staged": f"{WINDOWS}.stage:after",
     "prepared": f"{WINDOWS}.prepare:after",
-    "pending": f"{LIFE}:BranchLife._make_pending:after",
+    "pending": "forkpointd.branching.source:Source._make_pending:after",
     "before-window": "forkpointd.vmm.window:Window.run:before",
     "requests-sent": (
         "forkpointd.vmm.window:Window.run:before>forkpointd.vmm.api:ApiConnection.receive:before"

@@ -13,120 +13,77 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from concurrent.futures import Executor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
 
-from forkpointd.branching.admission import (
-    Admission,
-    Holding,
-    expected_diff_bytes,
-    private_bytes,
-)
+from forkpointd.branching.admission import Holding, expected_diff_bytes, private_bytes
 from forkpointd.branching.imaging import (
-    PROGRESS_SECONDS,
-    CopyWorkers,
     Meter,
     Staged,
     make_base_image,
     merge_staged_diff,
     place_staged_full,
 )
-from forkpointd.branching.opening import Prepared, Windows, window_failure
-from forkpointd.branching.prediction import PausePredictor
-from forkpointd.images import Draft, HostFacts, ImageError, Manifest, SnapshotStore, data_bytes_of
+from forkpointd.branching.record import BranchRecord
+from forkpointd.branching.source import Source, remove_diffs, write_failed
+from forkpointd.branching.workshop import Workshop
+from forkpointd.images import Draft, ImageError, Manifest, data_bytes_of
 from forkpointd.model import (
     Branch,
     BranchMode,
     BranchStage,
-    BranchView,
     DirtyBase,
     Fork,
     ForkpointError,
     ForkStage,
     Layout,
-    MergeProgress,
     PauseWindow,
-    PrecopyProgress,
     Reason,
-    SandboxState,
     Snapshot,
-    UnmergedDiff,
     now,
 )
-from forkpointd.registry import Registry
-from forkpointd.sandboxes.feed import Feed
-from forkpointd.sandboxes.forks import Forks
 from forkpointd.sandboxes.live import LiveSandbox
-from forkpointd.sandboxes.service import Sandboxes
-from forkpointd.sandboxes.tasks import Tasks
-from forkpointd.vmm import VmmFault, VmmGone, WindowOutcome
-
-T = TypeVar("T")
+from forkpointd.vmm import VmmFault, VmmGone
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Workshop:
-    """What every branch works with."""
-
-    registry: Registry
-    sandboxes: Sandboxes
-    forks: Forks
-    store: SnapshotStore
-    admission: Admission
-    predictor: PausePredictor
-    windows: Windows
-    precopies: CopyWorkers
-    merges: CopyWorkers
-    files: Executor
-    host: HostFacts
-    tasks: Tasks
-    window_deadline_seconds: float
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Short file work, in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.files, work)
 
 
 class BranchLife:
     """One branch at work. `run` returns when it has ended; it never raises.
 
-    `source` is None only where a restarted server goes on from FORKING and the source is gone.
+    `live` is None only where a restarted server goes on from FORKING and the source is gone.
     """
 
     def __init__(
         self,
         shop: Workshop,
-        branch: Branch,
-        source: LiveSandbox | None,
+        record: BranchRecord,
+        live: LiveSandbox | None,
         holding: Holding,
         source_turn: asyncio.Lock,
-        feed: Feed[BranchView],
     ) -> None:
-        self.branch = branch
-        self.feed = feed
+        self.record = record
         self.past_queue = asyncio.Event()
         """Set once the branch no longer holds its source's turn (or has ended)."""
         self._shop = shop
-        self._source = source
+        self._source_or_none = None if live is None else Source(shop, live, record)
         self._holding = holding
         self._source_turn = source_turn
         self._until_window: asyncio.Task[Staged] | None = None
         self._stopped_by: ForkpointError | None = None
         self._draft: Draft | None = None
-        self._base: DirtyBase | None = None
-        self._dirty_bytes = 0
-        self._snapshot: Snapshot | None = None
-        self._fork = feed.latest.fork
 
     @property
-    def _live(self) -> LiveSandbox:
-        assert self._source is not None, "only children are left to be started"
-        return self._source
+    def branch(self) -> Branch:
+        """The branch as of now."""
+        return self.record.branch
+
+    @property
+    def _source(self) -> Source:
+        assert self._source_or_none is not None, "only children are left to be started"
+        return self._source_or_none
 
     # --- from outside ---
 
@@ -167,9 +124,10 @@ class BranchLife:
         """From MERGING on, after a restart: the window is over, its diff and extents are there."""
 
         async def work() -> None:
-            self._base, self._draft = base, draft
             assert self.branch.pause_window is not None
-            self._dirty_bytes = self.branch.pause_window.dirty_bytes
+            self._draft = draft
+            self._source.base = base
+            self._source.dirty_bytes = self.branch.pause_window.dirty_bytes
             async with self._source_turn:
                 await self._after_resumed(staged)
 
@@ -177,7 +135,6 @@ class BranchLife:
 
     async def run_from_forking(self, snapshot: Snapshot, fork: Fork) -> None:
         """From FORKING on, after a restart: the snapshot is READY."""
-        self._snapshot = snapshot
         forks = self._shop.forks
         starting = (
             forks.run_queued(fork.fork_id, snapshot)
@@ -199,17 +156,15 @@ class BranchLife:
         try:
             await work()
             self.past_queue.set()
-            if self._snapshot is not None and self.branch.stage is BranchStage.FORKING:
-                assert self.branch.fork_id is not None
-                await self._follow_children(
-                    self._shop.forks.run_queued(self.branch.fork_id, self._snapshot),
-                    self.branch.fork_id,
-                )
+            if self.record.stage is BranchStage.FORKING:
+                snapshot, fork_id = self.record.snapshot, self.branch.fork_id
+                assert snapshot is not None and fork_id is not None
+                await self._follow_children(self._shop.forks.run_queued(fork_id, snapshot), fork_id)
         except asyncio.CancelledError:
             raise  # the server leaves: a restart goes on from what the registry says
         except Exception as error:
             log.exception("branch %s failed unexpectedly", self.branch.branch_id)
-            if not self.branch.stage.ended:
+            if not self.record.stage.ended:
                 await self._fail(
                     ForkpointError(Reason.INTERNAL, f"the branch failed unexpectedly: {error!r}")
                 )
@@ -229,15 +184,15 @@ class BranchLife:
             await self._fail(error)
             return
         except OSError as error:
-            await self._fail(_write_failed("before its pause window", error))
+            await self._fail(write_failed("before its pause window", error))
             return
         try:
-            window = await self._open(staged, held)
+            window = await self._source.open_window(staged, held)
         except (ForkpointError, OSError, VmmFault, VmmGone) as error:
             await self._fail(
                 error
                 if isinstance(error, ForkpointError)
-                else _write_failed("when its pause window was to open", error)
+                else write_failed("when its pause window was to open", error)
             )
             return
         await self._after_window(staged, window)
@@ -247,9 +202,9 @@ class BranchLife:
         mode = self.branch.mode
         assert mode is not None
         self._shop.predictor.observe(mode, window)
-        self.branch = replace(self.branch, pause_window=window)
+        self.record.note_window(window)
         try:
-            await self._enter(BranchStage.PAUSED, BranchStage.RESUMED)
+            await self.record.enter(BranchStage.PAUSED, BranchStage.RESUMED)
         except Exception as error:  # noqa: BLE001 - whatever it was, the pages are kept
             await self._fail_with_diff(staged, error)
         else:
@@ -271,13 +226,13 @@ class BranchLife:
             log.error("branch %s failed after its window", self.branch.branch_id, exc_info=error)
         await self._discard_draft()  # first: what it took up may be what is missing
         try:
-            await self._keep_diff(staged)
+            await self._source.keep_diff(staged)
         except Exception:
             log.exception("the diff of branch %s is kept, but not noted", self.branch.branch_id)
         await self._fail(
             error
             if isinstance(error, ForkpointError)
-            else _write_failed("after its pause window", error)
+            else write_failed("after its pause window", error)
         )
 
     # --- until the window ---
@@ -285,7 +240,7 @@ class BranchLife:
     async def _to_the_window(self, held: AsyncExitStack) -> Staged:
         """Everything that can be undone; cancellable at any await."""
         await held.enter_async_context(self._source_turn)
-        live, shop = self._live, self._shop
+        live, shop = self._source.live, self._shop
         live.require_callable()
         row = live.row
         expected = await shop.run(lambda: expected_diff_bytes(row, private_bytes))
@@ -300,10 +255,9 @@ class BranchLife:
             # AUTO, and an earlier branch changed what the base is: other room is needed.
             self._holding.release()
             self._holding = await shop.run(lambda: shop.admission.reserve(row, plan.mode))
-        base = row.dirty_base
-        self._base = base
+        base = self._source.base = row.dirty_base
         serial = await shop.registry.next_serial()
-        self.branch = replace(
+        self.record.branch = replace(
             self.branch,
             mode=plan.mode,
             mode_reason=plan.reason,
@@ -318,11 +272,16 @@ class BranchLife:
         return await shop.windows.stage(self._holding.staging, serial, row.machine.memory_bytes)
 
     async def _precopy(self, base: DirtyBase, draft: Draft) -> None:
-        shop, meter = self._shop, Meter(self._holding.image)
-        memory_bytes = self._live.row.machine.memory_bytes
+        shop, record, meter = self._shop, self.record, Meter(self._holding.image)
+        memory_bytes = self._source.memory_bytes
+
+        def note() -> None:
+            holes = memory_bytes - meter.total_bytes
+            record.note_precopy(meter.done_bytes, meter.total_bytes, holes, None)
+
         async with shop.precopies.slot():
-            await self._enter(BranchStage.PRECOPYING)
-            async with self._reporting(lambda: self._note_precopy(meter)):
+            await record.enter(BranchStage.PRECOPYING)
+            async with record.reporting(note):
                 try:
                     result = await shop.precopies.run(
                         lambda should_stop: make_base_image(
@@ -330,190 +289,37 @@ class BranchLife:
                         )
                     )
                 except ImageError as error:
-                    raise await self._lose_base(error) from error
-        self.branch = replace(
-            self.branch,
-            precopy=PrecopyProgress(
-                done_bytes=meter.done_bytes,
-                total_bytes=meter.total_bytes,
-                hole_bytes=memory_bytes - (0 if result is None else result.copied_bytes),
-                method=None if result is None else result.method,
-            ),
-        )
-
-    async def _lose_base(self, error: ImageError) -> ForkpointError:
-        """The base's image can't be trusted any more: only a FULL branch helps."""
-        await self._set_base(DirtyBase.invalid(f"its image is damaged: {error}"))
-        return ForkpointError(
-            Reason.IMAGE_DAMAGED,
-            f"the image under the next diff of sandbox {self._live.sandbox_id} is damaged: "
-            f"{error}. The source runs on; branch it with mode FULL",
-            metadata={"sandbox_id": self._live.sandbox_id},
-        )
-
-    def _note_precopy(self, meter: Meter) -> None:
-        holes = self._live.row.machine.memory_bytes - meter.total_bytes
-        self.branch = replace(
-            self.branch,
-            precopy=PrecopyProgress(
-                meter.done_bytes, max(meter.total_bytes, meter.done_bytes), max(0, holes), None
-            ),
-        )
-
-    # --- the window ---
-
-    async def _open(self, staged: Staged, held: AsyncExitStack) -> PauseWindow:
-        """Marks the base PENDING, opens the window, and settles what it did to the base.
-
-        Raises when no snapshot was written; then the source's base is VALID or INVALID as DESIGN
-        4.7 says, and the staging files are gone. The source runs, or stays paused by its owner.
-        """
-        live, mode = self._live, self.branch.mode
-        assert mode is not None
-        async with live.turn:
-            try:
-                prepared = await self._make_pending(staged, mode)
-            except BaseException:
-                await asyncio.shield(self._shop.windows.remove(staged))
-                raise
-            running = asyncio.ensure_future(prepared.vmm.run_window(prepared.window))
-            deadline = max(
-                self._shop.window_deadline_seconds, 10 * (self.branch.predicted_pause_us or 0) / 1e6
-            )
-            done, _ = await asyncio.wait({running}, timeout=deadline)
-            if not done:
-                await self._give_up_waiting(prepared, running, held, deadline)
-            outcome = running.result()
-            failure = await self._settle_base(prepared, outcome)
-            window = await self._shop.windows.describe(prepared, outcome, self._dirty_bytes)
-        await self._settle_resume(outcome)
-        if failure is not None:
-            await self._shop.windows.remove(staged)
-            raise failure
-        return window
-
-    async def _make_pending(self, staged: Staged, mode: BranchMode) -> Prepared:
-        """The last step before the window: all is built, then the base is PENDING, durably."""
-        live, branch_id = self._live, self.branch.branch_id
-        vmm = live.require_callable()
-        was_paused = live.row.state is SandboxState.PAUSED
-        prepared = await self._shop.sandboxes.ask(
-            live, self._shop.windows.prepare(vmm, mode, staged, was_paused=was_paused)
-        )
-        try:
-            await self._save()
-            await live.edit(lambda row: replace(row, dirty_base=row.dirty_base.pending(branch_id)))
-        except BaseException:
-            prepared.window.close()
-            raise
-        return prepared
-
-    async def _settle_resume(self, outcome: WindowOutcome) -> None:
-        """A resume that Firecracker refused is asked for again: the owner's wish stands."""
-        if not outcome.resume_failed or outcome.process_gone:
-            return
-        log.error("sandbox %s was not resumed: %s", self._live.sandbox_id, outcome.fault)
-        await self._live.set_state(SandboxState.UNKNOWN)
-        self._shop.tasks.start_unwatched(
-            self._shop.sandboxes.reconcile(self._live), f"resume {self._live.sandbox_id}"
-        )
-
-    async def _settle_base(
-        self, prepared: Prepared, outcome: WindowOutcome
-    ) -> ForkpointError | None:
-        """What the window did to the dirty base, made durable; returns why it failed, if it did."""
-        live, base = self._live, self._base
-        assert base is not None and self.branch.mode is not None
-        if outcome.created:
-            try:
-                self._dirty_bytes = await self._shop.windows.read_extents(
-                    prepared.staged, self.branch.mode, live.row.machine.memory_bytes
-                )
-            except OSError as error:
-                why = f"the extents of branch {self.branch.branch_id} could not be stored"
-                await self._set_base(DirtyBase.invalid(why))
-                return _write_failed("right after its pause window", error)
-            written = self._dirty_bytes
-            if self.branch.mode is BranchMode.DIFF:
-                await live.edit(lambda row: replace(row, last_diff_bytes=written))
-            return None
-        failure = window_failure(live.sandbox_id, outcome)
-        if outcome.memory_write_failed:
-            await self._set_base(base.back_to_valid())
-        else:
-            await self._set_base(DirtyBase.invalid(str(failure)))
-        return failure
-
-    async def _set_base(self, base: DirtyBase) -> None:
-        await self._live.edit(lambda row: replace(row, dirty_base=base))
-
-    async def _give_up_waiting(
-        self,
-        prepared: Prepared,
-        running: asyncio.Future[WindowOutcome],
-        held: AsyncExitStack,
-        deadline: float,
-    ) -> None:
-        """The deadline is over: FAILED and UNKNOWN, but the window is still open. What it needs
-        (its connection, files, room and the branches' turn at the source) is kept until its last
-        reply. The turn at Firecracker is not: UNKNOWN keeps all others away, but a delete."""
-        live = self._live
-        await live.set_state(SandboxState.UNKNOWN)
-        kept = held.pop_all()
-        self._shop.tasks.start_unwatched(
-            self._settle_late(prepared, running, kept), f"late window of {live.sandbox_id}"
-        )
-        raise ForkpointError(
-            Reason.WINDOW_TIMED_OUT,
-            f"Firecracker of sandbox {live.sandbox_id} did not answer within {deadline:.0f} s. "
-            "The sandbox is UNKNOWN until it does; then it runs on by itself",
-            metadata={"sandbox_id": live.sandbox_id},
-        )
-
-    async def _settle_late(
-        self, prepared: Prepared, running: asyncio.Future[WindowOutcome], kept: AsyncExitStack
-    ) -> None:
-        """A late window has had its last reply: its diff is kept with the source."""
-        live = self._live
-        async with kept:
-            outcome = await running
-            if not self._still_there():
-                await self._shop.windows.remove(prepared.staged)
-                return
-            failure = await self._settle_base(prepared, outcome)
-            if failure is None:
-                await self._keep_diff(prepared.staged)
-            else:
-                await self._shop.windows.remove(prepared.staged)
-        if not outcome.process_gone:
-            await self._shop.sandboxes.reconcile(live)
+                    raise await self._source.lose_base(error) from error
+        copied, method = (0, None) if result is None else (result.copied_bytes, result.method)
+        record.note_precopy(meter.done_bytes, meter.total_bytes, memory_bytes - copied, method)
 
     # --- after the window ---
 
     async def _merge(self, staged: Staged) -> None:
-        shop, meter, draft = self._shop, Meter(self._holding.image), self._draft
+        shop, record, draft = self._shop, self.record, self._draft
         assert draft is not None
+        meter = Meter(self._holding.image)
         place = merge_staged_diff if self.branch.mode is BranchMode.DIFF else place_staged_full
         async with shop.merges.slot():
-            if self.branch.stage is BranchStage.RESUMED:
-                await self._enter(BranchStage.MERGING)
-            async with self._reporting(lambda: self._note_merge(meter)):
+            if record.stage is BranchStage.RESUMED:
+                await record.enter(BranchStage.MERGING)
+            async with record.reporting(
+                lambda: record.note_merge(meter.done_bytes, meter.total_bytes)
+            ):
                 await shop.merges.run(lambda should_stop: place(staged, draft, meter, should_stop))
-        self._note_merge(meter)
-
-    def _note_merge(self, meter: Meter) -> None:
-        self.branch = replace(self.branch, merge=MergeProgress(meter.done_bytes, meter.total_bytes))
 
     async def _finalise(self) -> None:
         """Makes the snapshot durable, then READY: row, dirty base and stage in one commit."""
-        shop, live, branch, draft = self._shop, self._live, self.branch, self._draft
+        shop, row, branch, draft = self._shop, self._source.live.row, self.branch, self._draft
         assert draft is not None and branch.mode is not None and branch.pause_window is not None
         if branch.stage is BranchStage.MERGING:
-            await self._enter(BranchStage.FINALIZING)
-        manifest = Manifest.describe(
-            branch=branch, machine=live.row.machine, vmm=live.row.vmm, host=shop.host
+            await self.record.enter(BranchStage.FINALIZING)
+        folder = await shop.run(
+            lambda: shop.store.finalise(
+                draft,
+                Manifest.describe(branch=branch, machine=row.machine, vmm=row.vmm, host=shop.host),
+            )
         )
-        folder = await shop.run(lambda: shop.store.finalise(draft, manifest))
         self._draft = None
         snapshot = Snapshot(
             snapshot_id=branch.snapshot_id,
@@ -523,79 +329,63 @@ class BranchLife:
             parent_snapshot_id=branch.base_snapshot_id,
             mode=branch.mode,
             layout=Layout.FLAT,
-            machine=live.row.machine,
-            vmm=live.row.vmm,
+            machine=row.machine,
+            vmm=row.vmm,
             disk_bytes=await shop.run(lambda: data_bytes_of(folder)),
             dirty_bytes=branch.pause_window.dirty_bytes,
             labels=branch.snapshot_labels,
         )
         try:
             await self._commit_ready(snapshot)
-        except BaseException:
+        except Exception:
+            # Not when the server leaves: the commit may be on its way, and a restart finds out.
             await shop.run(lambda: shop.store.delete(snapshot.snapshot_id))
             raise
 
     async def _commit_ready(self, snapshot: Snapshot) -> None:
-        old_base = self._base
+        source = self._source
         stage = BranchStage.READY if self.branch.fork_id is None else BranchStage.FORKING
-        branch = replace(self.branch.entering(stage, now()), sequence=self.branch.sequence + 1)
-        async with self._live.editing() as draft:
-            if self._still_there():
-                draft.row = replace(draft.row, dirty_base=DirtyBase.of(snapshot.snapshot_id))
-            await self._shop.registry.put_branch(
-                branch, sandbox=draft.row if self._still_there() else None, snapshot=snapshot
-            )
-        self.branch = branch
-        self._snapshot = snapshot
-        self._publish(milestone=True)
-        if old_base is not None:
+        async with source.live.editing() as draft:
+            source.base_becomes(snapshot.snapshot_id, draft)
+            await self.record.become_ready(snapshot, stage, draft)
+        if source.base is not None:
+            old_base = source.base
             await self._shop.run(lambda: remove_diffs(old_base))
             self._shop.tasks.start_unwatched(
                 self._shop.sandboxes.snapshots.collect(), "collect snapshots"
             )
 
-    def _still_there(self) -> bool:
-        """Whether the source has not been deleted meanwhile."""
-        return self._shop.sandboxes.live.get(self._live.sandbox_id) is self._live
-
-    async def _keep_diff(self, staged: Staged) -> None:
-        """Keeps the window's pages with the source: they exist nowhere else (DESIGN 4.7)."""
-        base = self._base
-        assert base is not None
-        if not self._still_there():
-            await self._shop.windows.remove(staged)
-            return
-        await self._set_base(with_diff(base, self.branch, staged, self._dirty_bytes))
-        await self._shop.run(staged.remove_vmstate)
+    # --- children ---
 
     async def _follow_children(self, starting: Coroutine[Any, Any, Fork], fork_id: str) -> None:
         work = self._shop.tasks.start(starting, f"children of {fork_id}")
         async for fork in self._shop.forks.watch(fork_id, 0):
-            self._fork = fork
-            self._publish(milestone=False)
+            self.record.fork = fork
+            self.record.show_progress()
         await self._end_with(await work)
 
     async def _end_with(self, fork: Fork) -> None:
         """READY when every child has its outcome; FAILED where DELETE_ALL applied."""
-        self._fork = fork
+        self.record.fork = fork
         if fork.stage is ForkStage.FAILED and fork.error is not None:
             await self._fail(ForkpointError.of(fork.error))
         else:
-            await self._enter(BranchStage.READY)
+            await self.record.enter(BranchStage.READY)
 
-    # --- stages ---
+    # --- failing ---
 
     async def _fail(self, error: ForkpointError) -> None:
         """Ends the branch, durably if the registry lets us, and in any case for its watchers."""
         await self._discard_draft()
-        if self._fork is not None and not self._fork.stage.ended:
+        fork = self.record.fork
+        if fork is not None and not fork.stage.ended:
             try:
-                self._fork = await self._shop.forks.fail(self._fork.fork_id, error.problem)
+                self.record.fork = await self._shop.forks.fail(fork.fork_id, error.problem)
             except Exception:
-                log.exception("the end of fork %s is not durable", self._fork.fork_id)
+                log.exception("the end of fork %s is not durable", fork.fork_id)
         cancelled = error.reason is Reason.BRANCH_CANCELLED
-        self.branch = replace(self.branch, error=error.problem)
-        await self._enter(BranchStage.CANCELLED if cancelled else BranchStage.FAILED)
+        self.record.note_error(error.problem)
+        await self.record.enter(BranchStage.CANCELLED if cancelled else BranchStage.FAILED)
 
     async def _discard_draft(self) -> None:
         """Removes what there is of the image. What can't be removed goes at the next start."""
@@ -605,76 +395,3 @@ class BranchLife:
                 await self._shop.run(lambda: self._shop.store.discard(draft))
             except OSError as error:
                 log.error("the draft of branch %s stays: %s", self.branch.branch_id, error)
-
-    async def _enter(self, *stages: BranchStage) -> None:
-        """Enters a stage (or PAUSED and RESUMED together): durable first, then published. An end
-        that can't be made durable is published all the same; a restart then finds the branch
-        unfinished and ends it again."""
-        branch = self.branch
-        for stage in stages:
-            window = branch.pause_window
-            at = window.start_time if stage is BranchStage.PAUSED and window else now()
-            branch = branch.entering(stage, at)
-        branch = replace(branch, sequence=branch.sequence + 1)
-        try:
-            await self._shop.registry.put_branch(branch)
-        except Exception:
-            if not branch.stage.ended:
-                raise
-            log.exception("the end of branch %s is not durable", branch.branch_id)
-        self.branch = branch
-        self._publish(milestone=True)
-
-    async def _save(self) -> None:
-        await self._shop.registry.put_branch(self.branch)
-
-    def _publish(self, *, milestone: bool) -> None:
-        if not milestone:
-            self.branch = replace(self.branch, sequence=self.branch.sequence + 1)
-        self.feed.publish(
-            BranchView(self.branch, self._snapshot, self._fork),
-            milestone=milestone,
-            ended=self.branch.stage.ended,
-        )
-
-    @asynccontextmanager
-    async def _reporting(self, note: Callable[[], None]) -> AsyncIterator[None]:
-        """Publishes progress now and then while the block runs."""
-
-        async def report() -> None:
-            while True:
-                await asyncio.sleep(PROGRESS_SECONDS)
-                note()
-                self._publish(milestone=False)
-
-        reporter = self._shop.tasks.start(report(), "progress")
-        try:
-            yield
-        finally:
-            reporter.cancel()
-            with suppress(asyncio.CancelledError):
-                await reporter
-            note()
-
-
-def with_diff(base: DirtyBase, branch: Branch, staged: Staged, data_bytes: int) -> DirtyBase:
-    """The base that stands for the source's memory at this branch's window, by its kept diff."""
-    diff = UnmergedDiff(staged.memory_path, staged.extents_path, data_bytes, branch.branch_id)
-    if branch.mode is BranchMode.FULL:
-        return replace(DirtyBase.empty(), unmerged=(diff,))
-    return replace(base.back_to_valid(), unmerged=(*base.unmerged, diff))
-
-
-def remove_diffs(base: DirtyBase) -> None:
-    """Unlinks the kept diffs of a base that is not used any more."""
-    for diff in base.unmerged:
-        diff.memory_path.unlink(missing_ok=True)
-        diff.extents_path.unlink(missing_ok=True)
-
-
-def _write_failed(when: str, error: BaseException) -> ForkpointError:
-    return ForkpointError(
-        Reason.WRITE_FAILED,
-        f"a file of the snapshot could not be written {when}: {error}. The source runs on and no "
-        "page is lost: make room and branch again",
-    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forkpointd.branching.imaging import Staged
-from forkpointd.branching.life import Workshop
+from forkpointd.branching.workshop import Workshop
 from forkpointd.images import Draft, StagingArea
 from forkpointd.model import (
     Branch,

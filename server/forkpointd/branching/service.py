@@ -10,9 +10,11 @@ from datetime import datetime
 from typing import Any
 
 from forkpointd.branching.admission import Holding, expected_diff_bytes, private_bytes
-from forkpointd.branching.life import BranchLife, Workshop
+from forkpointd.branching.life import BranchLife
+from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.recovery import Recovered, examine
 from forkpointd.branching.unmerged import merge_kept_diffs
+from forkpointd.branching.workshop import Workshop
 from forkpointd.images import StagingArea
 from forkpointd.model import (
     Branch,
@@ -144,16 +146,16 @@ class Branches:
             raise
         if fork is not None:
             self._shop.forks.show(fork)
-        feed = Feed(BranchView(branch, None, fork))
+        record = BranchRecord(self._shop, BranchView(branch, None, fork))
         turn = self._turns.setdefault(order.sandbox_id, asyncio.Lock())
-        life = BranchLife(self._shop, branch, live, holding, turn, feed)
+        life = BranchLife(self._shop, record, live, holding, turn)
         life.begin()
         self._follow(life, life.run())
         return branch
 
     def _follow(self, life: BranchLife, work: Coroutine[Any, Any, None]) -> None:
         branch_id = life.branch.branch_id
-        self._feeds[branch_id] = life.feed
+        self._feeds[branch_id] = life.record.feed
         self._lives[branch_id] = life
         task = self._shop.tasks.start_unwatched(work, f"branch {branch_id}")
         task.add_done_callback(lambda _: self._forget(branch_id))
@@ -209,7 +211,7 @@ class Branches:
                 branch.snapshot_id, include_deleted=True
             )
             life = await self._restarted(branch, snapshot)
-            fork = life.feed.latest.fork
+            fork = life.record.feed.latest.fork
             assert snapshot is not None and fork is not None, "they are committed with FORKING"
             self._follow(life, life.run_from_forking(snapshot, fork))
         return recovered
@@ -223,11 +225,10 @@ class Branches:
         live = self._shop.sandboxes.live.get(branch.sandbox_id)
         return BranchLife(
             self._shop,
-            branch,
+            BranchRecord(self._shop, BranchView(branch, snapshot, fork)),
             live,
             Holding(branch.mode or BranchMode.DIFF, branch.staging or StagingKind.DISK, None, None),
             self._turns.setdefault(branch.sandbox_id, asyncio.Lock()),
-            Feed(BranchView(branch, snapshot, fork)),
         )
 
     # --- ending ---
@@ -252,10 +253,10 @@ class Branches:
                 metadata={"branch_id": branch_id},
             )
         )
-        async for view in life.feed.watch(skip_first=True):
+        async for view in life.record.feed.watch(skip_first=True):
             if view.branch.stage.ended:
                 return view
-        return life.feed.latest
+        return life.record.feed.latest
 
     async def _source_is_deleted(self, sandbox_id: str) -> None:
         """Ends the branches of a source that is being deleted, as far as they can be."""

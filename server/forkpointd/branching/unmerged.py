@@ -12,7 +12,8 @@ import logging
 from dataclasses import replace
 
 from forkpointd.branching.imaging import Meter, make_base_image
-from forkpointd.branching.life import Workshop, remove_diffs
+from forkpointd.branching.source import remove_diffs
+from forkpointd.branching.workshop import Workshop
 from forkpointd.images import ImageError, Manifest, Reservation
 from forkpointd.model import (
     BranchMode,

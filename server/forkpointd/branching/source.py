@@ -1,0 +1,244 @@
+"""A branch's source: its dirty base, and the window that is opened on it.
+
+A base is never guessed. It is PENDING, durably, from before the window's first byte until it is
+settled what the window did (DESIGN 4.3 and 4.7):
+
+    the snapshot became READY             VALID, the snapshot
+    written, but something failed later   VALID, the old base and the diff that is kept
+    the VMM could not write the memory    VALID, the old base: its dirty log is whole again
+    anything else                         INVALID
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+from forkpointd.branching.imaging import Staged
+from forkpointd.branching.opening import Prepared, window_failure
+from forkpointd.branching.record import BranchRecord
+from forkpointd.branching.workshop import Workshop
+from forkpointd.images import ImageError
+from forkpointd.model import (
+    Branch,
+    BranchMode,
+    DirtyBase,
+    ForkpointError,
+    PauseWindow,
+    Reason,
+    Sandbox,
+    SandboxState,
+    UnmergedDiff,
+)
+from forkpointd.sandboxes.live import LiveSandbox, RowDraft
+from forkpointd.vmm import WindowOutcome
+
+log = logging.getLogger(__name__)
+
+
+class Source:
+    """The source of one branch."""
+
+    def __init__(self, shop: Workshop, live: LiveSandbox, record: BranchRecord) -> None:
+        self.live = live
+        self.base: DirtyBase | None = None
+        """What this branch stands on; set when it has its turn."""
+        self.dirty_bytes = 0
+        """What its window wrote."""
+        self._shop = shop
+        self._record = record
+
+    @property
+    def memory_bytes(self) -> int:
+        """Size of its memory."""
+        return self.live.row.machine.memory_bytes
+
+    def still_there(self) -> bool:
+        """Whether it has not been deleted meanwhile."""
+        return self._shop.sandboxes.live.get(self.live.sandbox_id) is self.live
+
+    # --- the window ---
+
+    async def open_window(self, staged: Staged, held: AsyncExitStack) -> PauseWindow:
+        """Marks the base PENDING, opens the window, and settles what it did to the base.
+
+        Raises when no snapshot was written; then the base is VALID or INVALID as said above, and
+        the staging files are gone. The source runs, or stays paused by its owner.
+        """
+        async with self.live.turn:
+            try:
+                prepared = await self._make_pending(staged)
+            except BaseException:
+                await asyncio.shield(self._shop.windows.remove(staged))
+                raise
+            running = asyncio.ensure_future(prepared.vmm.run_window(prepared.window))
+            predicted_us = self._record.branch.predicted_pause_us or 0
+            deadline = max(self._shop.window_deadline_seconds, 10 * predicted_us / 1e6)
+            done, _ = await asyncio.wait({running}, timeout=deadline)
+            if not done:
+                await self._give_up_waiting(prepared, running, held, deadline)
+            outcome = running.result()
+            failure = await self._settle_base(prepared, outcome)
+            window = await self._shop.windows.describe(prepared, outcome, self.dirty_bytes)
+        await self._settle_resume(outcome)
+        if failure is not None:
+            await self._shop.windows.remove(staged)
+            raise failure
+        return window
+
+    async def _make_pending(self, staged: Staged) -> Prepared:
+        """The last step before the window: all is built, then the base is PENDING, durably."""
+        live, branch = self.live, self._record.branch
+        assert branch.mode is not None
+        vmm = live.require_callable()
+        was_paused = live.row.state is SandboxState.PAUSED
+        prepared = await self._shop.sandboxes.ask(
+            live, self._shop.windows.prepare(vmm, branch.mode, staged, was_paused=was_paused)
+        )
+        try:
+            await self._record.save()
+            await live.edit(
+                lambda row: replace(row, dirty_base=row.dirty_base.pending(branch.branch_id))
+            )
+        except BaseException:
+            prepared.window.close()
+            raise
+        return prepared
+
+    async def _settle_resume(self, outcome: WindowOutcome) -> None:
+        """A resume that Firecracker refused is asked for again: the owner's wish stands."""
+        if not outcome.resume_failed or outcome.process_gone:
+            return
+        log.error("sandbox %s was not resumed: %s", self.live.sandbox_id, outcome.fault)
+        await self.live.set_state(SandboxState.UNKNOWN)
+        self._shop.tasks.start_unwatched(
+            self._shop.sandboxes.reconcile(self.live), f"resume {self.live.sandbox_id}"
+        )
+
+    async def _settle_base(
+        self, prepared: Prepared, outcome: WindowOutcome
+    ) -> ForkpointError | None:
+        """What the window did to the base; returns why it failed, if it did. A base that stays
+        PENDING is settled by `base_becomes` or `keep_diff`."""
+        branch, base = self._record.branch, self.base
+        assert base is not None and branch.mode is not None
+        if outcome.created:
+            try:
+                self.dirty_bytes = await self._shop.windows.read_extents(
+                    prepared.staged, branch.mode, self.memory_bytes
+                )
+            except (OSError, ImageError) as error:
+                why = f"the extents of branch {branch.branch_id} could not be stored"
+                await self._set_base(DirtyBase.invalid(why))
+                return write_failed("right after its pause window", error)
+            return None
+        failure = window_failure(self.live.sandbox_id, outcome)
+        if outcome.memory_write_failed:
+            await self._set_base(base.back_to_valid())
+        else:
+            await self._set_base(DirtyBase.invalid(str(failure)))
+        return failure
+
+    # --- a window that is late ---
+
+    async def _give_up_waiting(
+        self,
+        prepared: Prepared,
+        running: asyncio.Future[WindowOutcome],
+        held: AsyncExitStack,
+        deadline: float,
+    ) -> None:
+        """The deadline is over: FAILED and UNKNOWN, but the window is still open. What it needs
+        (its connection, files, room and the branches' turn at the source) is kept until its last
+        reply. The turn at Firecracker is not: UNKNOWN keeps all others away, but a delete."""
+        live = self.live
+        await live.set_state(SandboxState.UNKNOWN)
+        kept = held.pop_all()
+        self._shop.tasks.start_unwatched(
+            self._settle_late(prepared, running, kept), f"late window of {live.sandbox_id}"
+        )
+        raise ForkpointError(
+            Reason.WINDOW_TIMED_OUT,
+            f"Firecracker of sandbox {live.sandbox_id} did not answer within {deadline:.0f} s. "
+            "The sandbox is UNKNOWN until it does; then it runs on by itself",
+            metadata={"sandbox_id": live.sandbox_id},
+        )
+
+    async def _settle_late(
+        self, prepared: Prepared, running: asyncio.Future[WindowOutcome], kept: AsyncExitStack
+    ) -> None:
+        """A late window has had its last reply: its diff is kept with the source."""
+        async with kept:
+            outcome = await running
+            if not self.still_there():
+                await self._shop.windows.remove(prepared.staged)
+                return
+            failure = await self._settle_base(prepared, outcome)
+            if failure is None:
+                await self.keep_diff(prepared.staged)
+            else:
+                await self._shop.windows.remove(prepared.staged)
+        if not outcome.process_gone:
+            await self._shop.sandboxes.reconcile(self.live)
+
+    # --- the base afterwards ---
+
+    def base_becomes(self, snapshot_id: str, draft: RowDraft) -> None:
+        """In the row that is committed with READY: the snapshot is the base."""
+        draft.row = self._after_window(draft.row, DirtyBase.of(snapshot_id))
+
+    async def keep_diff(self, staged: Staged) -> None:
+        """Keeps the window's pages with the source: they exist nowhere else."""
+        base = self.base
+        assert base is not None
+        if not self.still_there():
+            await self._shop.windows.remove(staged)
+            return
+        kept = with_diff(base, self._record.branch, staged, self.dirty_bytes)
+        await self.live.edit(lambda row: self._after_window(row, kept))
+        await self._shop.run(staged.remove_vmstate)
+
+    async def lose_base(self, error: ImageError) -> ForkpointError:
+        """The base's image can't be trusted any more: only a FULL branch helps."""
+        await self._set_base(DirtyBase.invalid(f"its image is damaged: {error}"))
+        return ForkpointError(
+            Reason.IMAGE_DAMAGED,
+            f"the image under the next diff of sandbox {self.live.sandbox_id} is damaged: "
+            f"{error}. The source runs on; branch it with mode FULL",
+            metadata={"sandbox_id": self.live.sandbox_id},
+        )
+
+    async def _set_base(self, base: DirtyBase) -> None:
+        await self.live.edit(lambda row: replace(row, dirty_base=base))
+
+    def _after_window(self, row: Sandbox, base: DirtyBase) -> Sandbox:
+        """The row with its new base; what this window wrote is what the next is expected to."""
+        if self._record.branch.mode is BranchMode.DIFF:
+            row = replace(row, last_diff_bytes=self.dirty_bytes)
+        return replace(row, dirty_base=base)
+
+
+def with_diff(base: DirtyBase, branch: Branch, staged: Staged, data_bytes: int) -> DirtyBase:
+    """The base that stands for the source's memory at this branch's window, by its kept diff."""
+    diff = UnmergedDiff(staged.memory_path, staged.extents_path, data_bytes, branch.branch_id)
+    if branch.mode is BranchMode.FULL:
+        return replace(DirtyBase.empty(), unmerged=(diff,))
+    return replace(base.back_to_valid(), unmerged=(*base.unmerged, diff))
+
+
+def remove_diffs(base: DirtyBase) -> None:
+    """Unlinks the kept diffs of a base that is not used any more. Blocks."""
+    for diff in base.unmerged:
+        diff.memory_path.unlink(missing_ok=True)
+        diff.extents_path.unlink(missing_ok=True)
+
+
+def write_failed(when: str, error: BaseException) -> ForkpointError:
+    """What a client is told about a file that could not be written."""
+    return ForkpointError(
+        Reason.WRITE_FAILED,
+        f"a file of the snapshot could not be written {when}: {error}. The source runs on and no "
+        "page is lost: make room and branch again",
+    )

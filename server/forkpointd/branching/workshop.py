@@ -1,0 +1,44 @@
+"""What every branch works with: built once, by the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from forkpointd.branching.admission import Admission
+from forkpointd.branching.imaging import CopyWorkers
+from forkpointd.branching.opening import Windows
+from forkpointd.branching.prediction import PausePredictor
+from forkpointd.images import HostFacts, SnapshotStore
+from forkpointd.registry import Registry
+from forkpointd.sandboxes.forks import Forks
+from forkpointd.sandboxes.service import Sandboxes
+from forkpointd.sandboxes.tasks import Tasks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """The parts and the settings that branches share."""
+
+    registry: Registry
+    sandboxes: Sandboxes
+    forks: Forks
+    store: SnapshotStore
+    admission: Admission
+    predictor: PausePredictor
+    windows: Windows
+    precopies: CopyWorkers
+    merges: CopyWorkers
+    files: Executor
+    host: HostFacts
+    tasks: Tasks
+    window_deadline_seconds: float
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Short file work, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.files, work)

@@ -116,4 +116,4 @@ def interval(estimate: Estimate | None) -> str:
     """A figure and its interval."""
     if estimate is None:
         return "-"
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{estimate.value:.2f} [{estimate.low:.2f},{estimate.high:.2f}]"

@@ -226,6 +226,6 @@ def test_the_table_fits_a_terminal_and_the_lines_come_last(
     report.table([found])
     report.lines([found])
     out = capsys.readouterr().out
-    assert "1.02 [0.98, 1.06]" in out and "1.00 [0.97, 1.03]" in out and " 400" in out
+    assert "1.02 [0.98,1.06]" in out and "1.00 [0.97,1.03]" in out and " 400" in out
     assert "2 trials failed" in out
     assert out.splitlines()[-1] == "target idle_diff_window value 1.020 goal <=1.1 met"

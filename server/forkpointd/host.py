@@ -81,7 +81,10 @@ def check_kvm(device: Path = KVM) -> HostCheck:
 
 
 def _no_permission(device: Path) -> HostCheck:
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's uid that nobody named
+        user = str(os.geteuid())
     try:
         group = grp.getgrgid(device.stat().st_gid)
     except KeyError:

@@ -1,7 +1,7 @@
 """Moving extents from one open file to another at equal offsets, in chunks.
 
 The kernel copies where it can (copy_file_range); between file systems of different kinds, such as
-tmpfs and ext4, bytes go through a buffer of this process, with near extents read together.
+tmpfs and ext4, bytes go through a buffer of this process.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ CHUNK_BYTES = 4 * MIB
 
 CHUNK_EXTENTS = 256
 """The same for scattered pages, each of which costs as much as many bytes in a row."""
-
-COALESCE_GAP_BYTES = 16 * 1024
-"""Extents nearer than this are read together: the hole between them is cheaper than a call."""
 
 WRITEBACK_RUN_BYTES = 256 * 1024
 """Runs from this size on are given to the disk at once: a copy and its fsync took a quarter less
@@ -140,94 +137,80 @@ def move(source: OpenFile, target: OpenFile, extents: Sequence[Extent], steps: S
     return moved
 
 
-def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[list[Extent]]:
-    """Cuts extents into lists that have at most `chunk_bytes` together."""
+def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[Sequence[Extent]]:
+    """Cuts extents into chunks of at most `chunk_bytes` and CHUNK_EXTENTS."""
+    for first in range(0, len(extents), CHUNK_EXTENTS):
+        several = extents[first : first + CHUNK_EXTENTS]
+        if total_bytes(several) <= chunk_bytes:
+            yield several
+        else:
+            yield from _cut(several, chunk_bytes)
+
+
+def _cut(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[list[Extent]]:
     chunk: list[Extent] = []
     room = chunk_bytes
-    for extent in extents:
-        offset, left = extent
-        if left <= room:
-            chunk.append(extent)
-        else:
-            while left > room:
-                if room:
-                    chunk.append(Extent(offset, room))
-                yield chunk
-                offset, left = offset + room, left - room
-                chunk, room = [], chunk_bytes
-            chunk.append(Extent(offset, left))
-        room -= left
-        if len(chunk) == CHUNK_EXTENTS:
+    for start, length in extents:
+        left = length
+        while left > room:
+            if room:
+                chunk.append(Extent(start + length - left, room))
             yield chunk
+            left -= room
             chunk, room = [], chunk_bytes
-    if chunk:
-        yield chunk
+        chunk.append(Extent(start + length - left, left))
+        room -= left
+    yield chunk
 
 
-def _copy_by_kernel(source: OpenFile, target: OpenFile, chunk: list[Extent]) -> bool:
+def _copy_by_kernel(source: OpenFile, target: OpenFile, chunk: Sequence[Extent]) -> bool:
     """copy_file_range; False where it doesn't work between these files (the chunk is then to be
     copied again by other means, which does no harm)."""
     copy, from_fd, to_fd = syscalls.copy_file_range, source.fd, target.fd
     for offset, length in chunk:
-        left = length
-        while left:
-            at = offset + length - left
+        done = 0
+        while done < length:
+            at = offset + done
             try:
-                done = copy(from_fd, to_fd, left, at, at)
+                count = copy(from_fd, to_fd, length - done, at, at)
             except InterruptedError:
                 continue
             except OSError as error:
                 if error.errno in _NO_COPY_FILE_RANGE:
                     return False
                 raise target.named(error) from error
-            if not done:
+            if not count:
                 raise _ended_early(source, at)
-            left -= done
+            done += count
     return True
 
 
 def _copy_by_buffer(
-    source: OpenFile, target: OpenFile, chunk: list[Extent], view: memoryview
+    source: OpenFile, target: OpenFile, chunk: Sequence[Extent], buffer: memoryview
 ) -> None:
-    """Reads near extents together, writes each alone."""
-    start, end = chunk[0][0], 0
-    group: list[Extent] = []
-    for extent in chunk:
-        offset, length = extent
-        if group and (offset - end > COALESCE_GAP_BYTES or offset + length - start > len(view)):
-            _read_and_write(source, target, group, view[: end - start])
-            group, start = [], offset
-        group.append(extent)
-        end = offset + length
-    _read_and_write(source, target, group, view[: end - start])
+    """Reads and writes each extent. Reading near ones together, with the holes between them, was
+    tried: tmpfs takes longer to make up a page of a hole than a call of its own takes."""
+    read, from_fd, write, to_fd = syscalls.preadv, source.fd, syscalls.pwrite, target.fd
+    for offset, length in chunk:
+        span = buffer[:length]
+        done = 0
+        while done < length:
+            try:
+                count = read(from_fd, [span[done:] if done else span], offset + done)
+            except OSError as error:
+                raise source.named(error) from error
+            if not count:
+                raise _ended_early(source, offset + done)
+            done += count
+        done = 0
+        while done < length:
+            try:
+                done += write(to_fd, span[done:] if done else span, offset + done)
+            except OSError as error:
+                raise target.named(error) from error
 
 
-def _read_and_write(
-    source: OpenFile, target: OpenFile, group: list[Extent], span: memoryview
-) -> None:
-    """Reads all that lies from the first extent to the end of the last at once, if they are let."""
-    start = group[0][0]
-    done = 0
-    while done < len(span):
-        try:
-            count = syscalls.preadv(source.fd, [span[done:] if done else span], start + done)
-        except OSError as error:
-            raise source.named(error) from error
-        if not count:
-            raise _ended_early(source, start + done)
-        done += count
-    write, to_fd = syscalls.pwrite, target.fd
-    try:
-        for offset, length in group:
-            done = 0
-            while done < length:
-                at = offset - start
-                done += write(to_fd, span[at + done : at + length], offset + done)
-    except OSError as error:
-        raise target.named(error) from error
-
-
-def _start_writeback(target: OpenFile, chunk: list[Extent]) -> None:
+def _start_writeback(target: OpenFile, chunk: Sequence[Extent]) -> None:
     try:
         for offset, length in chunk:
             if length >= WRITEBACK_RUN_BYTES:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from forkpointd.images import syscalls
 from forkpointd.images.errors import ImageError
-from forkpointd.images.extents import Extent, check_extents, data_extents, total_bytes
+from forkpointd.images.extents import Extent, Extents, check_extents, find_extents, total_bytes
 from forkpointd.images.moving import (
     CHUNK_BYTES,
     Gate,
@@ -136,7 +136,7 @@ def merge_diff(
                 "diff is merged into an image of its own size"
             )
         check_extents(extents, image.size_bytes)
-        return move(diff, image, extents, steps)
+        return move(diff, image, Extents.of(extents), steps)
 
 
 def make_empty_image(image_path: Path, size_bytes: int) -> None:
@@ -180,7 +180,7 @@ def _copy_data(
     """The data of `source` into the empty `target`."""
     target.resize(size_bytes)
     try:
-        extents = data_extents(source.fd, size_bytes)
+        extents = find_extents(source.fd, size_bytes)
     except OSError as error:
         raise source.named(error) from error
     count = total_bytes(extents)

@@ -242,17 +242,14 @@ class _Witness(Protocol):
 
 _KERNEL_WORDS = """
     rep_good nopl xtopology nonstop_tsc nonstop_tsc_s3 cpuid tsc_known_freq tsc_reliable
-    extd_apicid aperfmperf amd_dcm constant_tsc art arch_perfmon pebs bts acc_power lbrv_v2
-    syscall32 sysenter32 cpb ebx_bit_detection always fxsave_leak up p3 p4 k7 k8 ring3mwait
-    cpuid_fault epb cat_l3 cat_l2 cdp_l3 cdp_l2 cqm_occup_llc cqm_mbm_total cqm_mbm_local mba
-    smba bmec hw_pstate proc_feedback xcompacted pti intel_ppin amd_ppin retpoline
-    retpoline_lfence ibrs ibpb stibp ssbd ibrs_enhanced ibpb_exit_to_user tpr_shadow
-    flexpriority ept vpid ept_ad vnmi vmmcall vmcall pvunlock xenpv split_lock_detect
-    bus_lock_detect lam user_shstk bhi_ctrl per_thread_mba zen perfmon_v2 amd_lbr_v2
-    amd_lbr_pmc_freeze dtherm ida arat pln pts hwp hwp_notify hwp_act_window hwp_epp
-    hwp_pkg_req hfi monitor est tm tm2 acpi ht pbe ds_cpl dtes64 xtpr pdcm
+    extd_apicid constant_tsc art arch_perfmon pebs bts acc_power syscall32 sysenter32 cpb
+    always fxsave_leak up p3 p4 k7 k8 cpuid_fault epb cat_l3 cat_l2 cdp_l3 cdp_l2
+    cqm_occup_llc cqm_mbm_total cqm_mbm_local mba smba bmec hw_pstate proc_feedback xcompacted
+    pti intel_ppin amd_ppin retpoline retpoline_lfence ibrs ibpb stibp ssbd ibrs_enhanced
+    ibpb_exit_to_user tpr_shadow flexpriority ept vpid ept_ad vnmi vmmcall vmcall pvunlock
+    xenpv split_lock_detect bhi_ctrl per_thread_mba zen aperfmperf dtherm ida arat pln pts hwp
+    hwp_notify hwp_act_window hwp_epp hwp_pkg_req hfi
 """
-
 KERNEL_WORDS = frozenset(_KERNEL_WORDS.split())
 """Words among the flags of /proc/cpuinfo that tell what the *kernel* does with the CPU, or how it
 is driven, rather than instructions that a guest may have found: another kernel release or boot

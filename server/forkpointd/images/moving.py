@@ -10,13 +10,13 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from forkpointd.images import syscalls
 from forkpointd.images.errors import ImageError, Stopped
-from forkpointd.images.extents import Extent, total_bytes
+from forkpointd.images.extents import Extents
 from forkpointd.model import MIB
 
 CHUNK_BYTES = 4 * MIB
@@ -36,6 +36,8 @@ _NO_COPY_FILE_RANGE = frozenset(
 Progress = Callable[[int], None]
 ShouldStop = Callable[[], bool]
 Gate = Callable[[], None]
+Piece = tuple[int, int]
+"""Offset and length of an extent, or of a part of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +118,13 @@ def create_file(path: Path) -> OpenFile:
 # --- moving ------------------------------------------------------------------------------------
 
 
-def move(source: OpenFile, target: OpenFile, extents: Sequence[Extent], steps: Steps) -> int:
+def move(source: OpenFile, target: OpenFile, extents: Extents, steps: Steps) -> int:
     """Moves extents, chunk by chunk, by the best way that works between these two files; returns
     their bytes. Raises Stopped, ImageError (the source is cut), OSError with the path."""
     moved = 0
     by_kernel = True
     buffer: memoryview | None = None
-    for chunk in _chunks(extents, steps.chunk_bytes):
+    for chunk, count in _chunks(extents, steps.chunk_bytes):
         steps.before_chunk()
         if by_kernel:
             by_kernel = _copy_by_kernel(source, target, chunk)
@@ -131,39 +133,39 @@ def move(source: OpenFile, target: OpenFile, extents: Sequence[Extent], steps: S
                 buffer = memoryview(mmap.mmap(-1, steps.chunk_bytes))  # page-aligned
             _copy_by_buffer(source, target, chunk, buffer)
         _start_writeback(target, chunk)
-        count = total_bytes(chunk)
         moved += count
         steps.progress(count)
     return moved
 
 
-def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[Sequence[Extent]]:
-    """Cuts extents into chunks of at most `chunk_bytes` and CHUNK_EXTENTS."""
+def _chunks(extents: Extents, chunk_bytes: int) -> Iterator[tuple[list[Piece], int]]:
+    """Cuts extents into chunks of at most `chunk_bytes` and CHUNK_EXTENTS, with their bytes."""
     for first in range(0, len(extents), CHUNK_EXTENTS):
         several = extents[first : first + CHUNK_EXTENTS]
-        if total_bytes(several) <= chunk_bytes:
-            yield several
+        count = sum(several.lengths)
+        if count <= chunk_bytes:
+            yield list(several.pairs()), count
         else:
             yield from _cut(several, chunk_bytes)
 
 
-def _cut(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[list[Extent]]:
-    chunk: list[Extent] = []
+def _cut(extents: Extents, chunk_bytes: int) -> Iterator[tuple[list[Piece], int]]:
+    chunk: list[Piece] = []
     room = chunk_bytes
-    for start, length in extents:
+    for offset, length in extents.pairs():
         left = length
         while left > room:
             if room:
-                chunk.append(Extent(start + length - left, room))
-            yield chunk
+                chunk.append((offset + length - left, room))
+            yield chunk, chunk_bytes
             left -= room
             chunk, room = [], chunk_bytes
-        chunk.append(Extent(start + length - left, left))
+        chunk.append((offset + length - left, left))
         room -= left
-    yield chunk
+    yield chunk, chunk_bytes - room
 
 
-def _copy_by_kernel(source: OpenFile, target: OpenFile, chunk: Sequence[Extent]) -> bool:
+def _copy_by_kernel(source: OpenFile, target: OpenFile, chunk: list[Piece]) -> bool:
     """copy_file_range; False where it doesn't work between these files (the chunk is then to be
     copied again by other means, which does no harm)."""
     copy, from_fd, to_fd = syscalls.copy_file_range, source.fd, target.fd
@@ -186,7 +188,7 @@ def _copy_by_kernel(source: OpenFile, target: OpenFile, chunk: Sequence[Extent])
 
 
 def _copy_by_buffer(
-    source: OpenFile, target: OpenFile, chunk: Sequence[Extent], buffer: memoryview
+    source: OpenFile, target: OpenFile, chunk: list[Piece], buffer: memoryview
 ) -> None:
     """Reads and writes each extent. Reading near ones together, with the holes between them, was
     tried: tmpfs takes longer to make up a page of a hole than a call of its own takes."""
@@ -210,7 +212,7 @@ def _copy_by_buffer(
                 raise target.named(error) from error
 
 
-def _start_writeback(target: OpenFile, chunk: Sequence[Extent]) -> None:
+def _start_writeback(target: OpenFile, chunk: list[Piece]) -> None:
     try:
         for offset, length in chunk:
             if length >= WRITEBACK_RUN_BYTES:

@@ -46,7 +46,8 @@ def mounted(folder: Path, kind: str, options: str, mkfs: list[str], mib: int) ->
 def _run_or_skip(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        pytest.skip(f"{' '.join(command[:3])} doesn't work here: {done.stderr.strip()[:200]}")
+        why = done.stderr.strip().partition("\n")[0]
+        pytest.skip(f"{' '.join(command[:3])} doesn't work here: {why}")
 
 
 class Failing:

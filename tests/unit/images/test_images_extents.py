@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from forkpointd.images import (
     Extent,
+    Extents,
     ImageError,
     data_extents,
     data_extents_of,
+    find_extents_of,
     load_extents,
     save_extents,
     total_bytes,
@@ -93,6 +95,34 @@ def test_a_file_of_another_size_has_no_extents_of_ours(tmp_path: Path) -> None:
         data_extents_of(path, 2 * MIB)
 
 
+@given(extents_of_memory(), st.integers(0, 25), st.integers(0, 25))
+def test_the_compact_form_is_a_sequence_like_any_other(
+    memory: tuple[list[Extent], int], first: int, last: int
+) -> None:
+    extents, _ = memory
+    compact = Extents.of(extents)
+    assert Extents.of(compact) is compact
+    assert list(compact) == extents
+    assert compact == extents
+    assert compact[first:last] == extents[first:last]
+    assert compact != [*extents, Extent(0, 1)]
+    assert compact == Extents.of(tuple(extents))
+    assert total_bytes(compact) == total_bytes(extents)
+    for index, extent in enumerate(extents):
+        assert compact[index] == extent
+        assert compact[index].end_bytes == extent.end_bytes
+    with pytest.raises(IndexError):
+        compact[len(extents)]
+
+
+def test_found_extents_can_be_saved_as_they_are(tmp_path: Path) -> None:
+    write_pages(tmp_path / "1.m", MIB, {1, 2, 9}, b"x" * PAGE)
+    found = find_extents_of(tmp_path / "1.m", MIB)
+    save_extents(tmp_path / "1.x", found, MIB, sync=False)
+    assert load_extents(tmp_path / "1.x").extents == found
+    assert found == data_extents_of(tmp_path / "1.m", MIB)
+
+
 @quick
 @given(extents_of_memory())
 def test_what_was_saved_is_loaded(tmp_path: Path, memory: tuple[list[Extent], int]) -> None:
@@ -101,7 +131,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path, memory: tuple[list[Extent], in
     path.unlink(missing_ok=True)
     save_extents(path, extents, memory_bytes, sync=False)
     stored = load_extents(path)
-    assert stored.extents == tuple(extents)
+    assert list(stored.extents) == extents
     assert stored.memory_bytes == memory_bytes
     assert total_bytes(stored.extents) == sum(extent.length_bytes for extent in extents)
 
@@ -148,6 +178,7 @@ def test_a_newer_format_is_refused_by_its_number(tmp_path: Path) -> None:
         pytest.param((32, struct.pack("<Q", 1 << 40)), id="count-beyond-the-file"),
         pytest.param((20, struct.pack("<I", 3)), id="no-such-width"),
         pytest.param((44, struct.pack("<I", 0)), id="an-empty-extent"),
+        pytest.param((16, struct.pack("<I", 0)), id="units-of-nothing"),
     ],
 )
 def test_a_file_that_lies_under_a_right_checksum_is_refused(

@@ -58,6 +58,7 @@ from forkpointd.sandboxes.adoption import adopt_all
 from forkpointd.sandboxes.console import Consoles
 from forkpointd.sandboxes.datadir import DataDir, open_data_dir
 from forkpointd.sandboxes.expiry import Expiry
+from forkpointd.sandboxes.folders import Folders
 from forkpointd.sandboxes.forks import Forks
 from forkpointd.sandboxes.service import Sandboxes
 from forkpointd.sandboxes.snapshots import Snapshots
@@ -148,8 +149,9 @@ class Daemon:
         areas[StagingKind.TMPFS] = StagingArea(tmpfs) if tmpfs else areas[StagingKind.DISK]
 
         snapshots = Snapshots(registry, store, threads.files)
+        folders = Folders(data)
         starter = Starter(
-            data=data,
+            folders=folders,
             store=store,
             binary=binary,
             host=host,
@@ -158,7 +160,7 @@ class Daemon:
         )
         sandboxes = Sandboxes(
             registry=registry,
-            data=data,
+            folders=folders,
             snapshots=snapshots,
             starter=starter,
             files=threads.files,

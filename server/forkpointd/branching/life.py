@@ -27,7 +27,7 @@ from forkpointd.branching.imaging import (
     place_staged_full,
 )
 from forkpointd.branching.record import BranchRecord
-from forkpointd.branching.source import Source, remove_diffs, write_failed
+from forkpointd.branching.source import Source, write_failed
 from forkpointd.branching.workshop import Workshop
 from forkpointd.images import Draft, ImageError, Manifest, data_bytes_of
 from forkpointd.model import (
@@ -44,7 +44,7 @@ from forkpointd.model import (
     Snapshot,
     now,
 )
-from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
 from forkpointd.vmm import VmmFault, VmmGone
 
 log = logging.getLogger(__name__)

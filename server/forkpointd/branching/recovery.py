@@ -28,7 +28,7 @@ from forkpointd.model import (
     StagingKind,
     now,
 )
-from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ async def _fail(shop: Workshop, branch: Branch) -> None:
         branch.entering(BranchStage.FAILED, now()), error=problem, sequence=branch.sequence + 1
     )
     if live is not None and live.row.dirty_base.branch_id == branch.branch_id:
-        await _invalidate(live, branch.branch_id)
+        await _invalidate(shop, live, branch.branch_id)
     if branch.fork_id is not None:
         fork = await shop.registry.get_fork(branch.fork_id)
         if fork is not None and not fork.stage.ended:
@@ -128,16 +128,14 @@ async def _settle_forgotten_bases(shop: Workshop, finishing: set[str]) -> None:
     for live in shop.sandboxes.live.values():
         base = live.row.dirty_base
         if base.state is DirtyBaseState.PENDING and base.branch_id not in finishing:
-            await _invalidate(live, base.branch_id or "")
+            await _invalidate(shop, live, base.branch_id or "")
 
 
-async def _invalidate(live: LiveSandbox, branch_id: str) -> None:
+async def _invalidate(shop: Workshop, live: LiveSandbox, branch_id: str) -> None:
     why = f"the server ended in the pause window of branch {branch_id}"
     old = live.row.dirty_base
     await live.edit(lambda row: replace(row, dirty_base=DirtyBase.invalid(why)))
-    for diff in old.unmerged:
-        diff.memory_path.unlink(missing_ok=True)
-        diff.extents_path.unlink(missing_ok=True)
+    await shop.run(lambda: remove_diffs(old))
 
 
 async def _remove_leftovers(

@@ -228,13 +228,6 @@ def with_diff(base: DirtyBase, branch: Branch, staged: Staged, data_bytes: int) 
     return replace(base.back_to_valid(), unmerged=(*base.unmerged, diff))
 
 
-def remove_diffs(base: DirtyBase) -> None:
-    """Unlinks the kept diffs of a base that is not used any more. Blocks."""
-    for diff in base.unmerged:
-        diff.memory_path.unlink(missing_ok=True)
-        diff.extents_path.unlink(missing_ok=True)
-
-
 def write_failed(when: str, error: BaseException) -> ForkpointError:
     """What a client is told about a file that could not be written."""
     return ForkpointError(

@@ -12,7 +12,6 @@ import logging
 from dataclasses import replace
 
 from forkpointd.branching.imaging import Meter, make_base_image
-from forkpointd.branching.source import remove_diffs
 from forkpointd.branching.workshop import Workshop
 from forkpointd.images import ImageError, Manifest, Reservation
 from forkpointd.model import (
@@ -23,7 +22,7 @@ from forkpointd.model import (
     Snapshot,
     now,
 )
-from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
 from forkpointd.sandboxes.service import new_id
 
 log = logging.getLogger(__name__)

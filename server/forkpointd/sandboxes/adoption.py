@@ -63,13 +63,13 @@ async def adopt_all(
             vmm = await Vmm.adopt(row.process, live.folder, row.sandbox_id, calls)
             if vmm is not None:
                 keep.add(row.process.pid)
-                await run(sandboxes.starter.link_staging, live.folder)
+                await run(sandboxes.folders.link_staging, live.folder)
                 sandboxes.attach(live, vmm)
                 adopted += 1
             elif row.state is not SandboxState.DELETING:
                 stopped += 1
                 await _note_lost(sandboxes, live, row)
-    orphans = await run(end_orphans, sandboxes.data.sandboxes, frozenset(keep))
+    orphans = await run(end_orphans, sandboxes.folders.root, frozenset(keep))
     for orphan in orphans:
         log.warning("ended %s, which belongs to no sandbox", orphan)
     await sandboxes.discard(doomed)
@@ -83,7 +83,8 @@ async def adopt_all(
                 await sandboxes.reconcile(live)
             except ForkpointError as error:
                 log.error("sandbox %s: its wish is not restored: %s", live.sandbox_id, error)
-    root = sandboxes.data.sandboxes
+    root = sandboxes.folders.root
+    await run(sandboxes.folders.forget_spares)
     for folder in await run(lambda: sorted(root.iterdir())):
         if folder.name not in sandboxes.live:
             log.warning("removing %s, which belongs to no sandbox", folder)

@@ -4,6 +4,7 @@
     DIR/id                a random name, so that two data folders never share a staging folder
     DIR/forkpoint.db      the registry
     DIR/sandboxes/<id>/   a sandbox: sockets, console, links; the working folder of its Firecracker
+    DIR/spare/            folders of deleted sandboxes, emptied, for the next ones
     DIR/snapshots/<id>/   a snapshot (images.store)
     DIR/staging/          windows that are staged on disk
     TMPFS/forkpoint-<id>/ windows that are staged in memory
@@ -59,6 +60,10 @@ class DataDir:
     @property
     def disk_staging(self) -> Path:
         return self.root / "staging"
+
+    @property
+    def spare_folders(self) -> Path:
+        return self.root / "spare"
 
     def sandbox(self, sandbox_id: str) -> Path:
         """The folder of one sandbox."""

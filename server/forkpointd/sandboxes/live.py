@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from forkpointd.model import ForkpointError, Reason, Sandbox, SandboxState
+from forkpointd.model import DirtyBase, ForkpointError, Reason, Sandbox, SandboxState
 from forkpointd.registry import Registry
 from forkpointd.vmm import Vmm
 
@@ -63,8 +63,13 @@ class LiveSandbox:
                 metadata={"sandbox_id": self.sandbox_id},
                 retry_after_seconds=1.0,
             )
-        if state is SandboxState.DELETING:
-            raise deleted(self.sandbox_id)
+        self.require_not_deleting()
+        if state is SandboxState.CREATING:
+            raise ForkpointError(
+                Reason.SANDBOX_NOT_RUNNING,
+                f"sandbox {self.sandbox_id} is still being made: ask again once it is RUNNING",
+                metadata={"sandbox_id": self.sandbox_id, "state": str(state)},
+            )
         if state is SandboxState.STOPPED or self.vmm is None:
             exit_ = self.row.exit
             how = "" if exit_ is None else f" ({describe_exit(exit_.exit_code, exit_.signal)})"
@@ -75,6 +80,11 @@ class LiveSandbox:
                 metadata={"sandbox_id": self.sandbox_id, "state": str(state)},
             )
         return self.vmm
+
+    def require_not_deleting(self) -> None:
+        """Raises SANDBOX_DELETED for a sandbox that is being deleted."""
+        if self.row.state is SandboxState.DELETING:
+            raise deleted(self.sandbox_id)
 
     async def set_state(self, state: SandboxState) -> Sandbox:
         """Notes what the sandbox does now, unless it has ended or is being deleted."""
@@ -117,3 +127,10 @@ def not_found(sandbox_id: str) -> ForkpointError:
         f"there is no sandbox {sandbox_id}; `forkpoint sandbox list` shows those there are",
         metadata={"sandbox_id": sandbox_id},
     )
+
+
+def remove_diffs(base: DirtyBase) -> None:
+    """Unlinks the kept diffs of a base that is not used any more. Blocks."""
+    for diff in base.unmerged:
+        diff.memory_path.unlink(missing_ok=True)
+        diff.extents_path.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -35,8 +34,8 @@ from forkpointd.model import (
     now,
 )
 from forkpointd.registry import Registry
-from forkpointd.sandboxes.datadir import DataDir
-from forkpointd.sandboxes.live import LiveSandbox, describe_exit, not_found
+from forkpointd.sandboxes.folders import Folders
+from forkpointd.sandboxes.live import LiveSandbox, describe_exit, not_found, remove_diffs
 from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, check_drives, check_memory
@@ -59,14 +58,14 @@ class Sandboxes:
         self,
         *,
         registry: Registry,
-        data: DataDir,
+        folders: Folders,
         snapshots: Snapshots,
         starter: Starter,
         files: Executor,
         call_timeout_seconds: float,
     ) -> None:
         self.registry = registry
-        self.data = data
+        self.folders = folders
         self.snapshots = snapshots
         self.tasks = Tasks("sandboxes")
         self.before_delete: list[Callable[[str], Awaitable[None]]] = []
@@ -184,7 +183,7 @@ class Sandboxes:
 
     def hold_row(self, row: Sandbox) -> LiveSandbox:
         """Takes a durable row into the house."""
-        live = LiveSandbox(row, self.data.sandbox(row.sandbox_id), self.registry)
+        live = LiveSandbox(row, self.folders.of(row.sandbox_id), self.registry)
         self._live[row.sandbox_id] = live
         return live
 
@@ -253,7 +252,10 @@ class Sandboxes:
             if live.vmm is not None:
                 await live.vmm.kill()
                 live.vmm = None
-            await self._run(shutil.rmtree, live.folder, True)
+            try:
+                await self._run(self.folders.remove, live.sandbox_id)
+            except OSError as error:  # the next start removes what has no row
+                log.error("the folder of sandbox %s stays: %s", live.sandbox_id, error)
         await self.registry.remove_sandboxes(
             [live.sandbox_id for live in lives], forget_requests=True
         )
@@ -294,6 +296,7 @@ class Sandboxes:
         )
 
     async def _wish(self, live: LiveSandbox, wished: WishedState) -> Sandbox:
+        live.require_not_deleting()  # its deletion holds the turn to the end
         async with live.turn:
             live.require_callable()
             await live.edit(lambda row: replace(row, wished_state=wished))
@@ -393,7 +396,8 @@ class Sandboxes:
             if live.vmm is not None:
                 await live.vmm.kill()
                 live.vmm = None
-            await self._run(_remove_all, live)
+            await self._run(remove_diffs, live.row.dirty_base)
+            await self._run(self.folders.remove, live.sandbox_id)
             await self.registry.remove_sandboxes([live.sandbox_id])
             del self._live[live.sandbox_id]
         if live.row.dirty_base.snapshot_id is not None:
@@ -451,12 +455,3 @@ def _with_order(row: Sandbox, order: CreateOrder) -> Sandbox:
 
 def _expiry(row: Sandbox, at: datetime) -> datetime | None:
     return None if row.ttl_seconds is None else at + timedelta(seconds=row.ttl_seconds)
-
-
-def _remove_all(live: LiveSandbox) -> None:
-    """The sandbox's folder and the diffs that were kept with it."""
-    for diff in live.row.dirty_base.unmerged:
-        diff.memory_path.unlink(missing_ok=True)
-        diff.extents_path.unlink(missing_ok=True)
-    if live.folder.exists():
-        shutil.rmtree(live.folder)

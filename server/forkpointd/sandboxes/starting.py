@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -29,15 +28,13 @@ from forkpointd.model import (
     Machine,
     Reason,
     Sandbox,
-    StagingKind,
 )
-from forkpointd.sandboxes.datadir import STAGING_LINKS, DataDir
+from forkpointd.sandboxes.folders import Folders
 from forkpointd.vmm import (
     ApiRequest,
     Binary,
     Vmm,
     boot_requests,
-    link_drives,
     load_requests,
 )
 
@@ -56,7 +53,7 @@ class Starter:
     def __init__(
         self,
         *,
-        data: DataDir,
+        folders: Folders,
         store: SnapshotStore,
         binary: Binary,
         host: HostFacts,
@@ -64,7 +61,7 @@ class Starter:
         calls: Executor,
     ) -> None:
         self.binary = binary
-        self._data = data
+        self._folders = folders
         self._store = store
         self._host = host
         self._strict_host = strict_host
@@ -119,32 +116,14 @@ class Starter:
         return stored
 
     async def _start(self, row: Sandbox, requests: tuple[ApiRequest, ...]) -> Vmm:
-        folder = self._data.sandbox(row.sandbox_id)
         return await Vmm.start(
             self.binary,
-            folder,
+            self._folders.of(row.sandbox_id),
             row.sandbox_id,
             requests,
             executor=self._calls,
-            prepare=lambda: self._make_folder(folder, row.machine),
+            prepare=lambda: self._folders.make(row.sandbox_id, row.machine.drives),
         )
-
-    def link_staging(self, folder: Path) -> None:
-        """Points a sandbox's links at this server's staging folders, wherever a former server had
-        its own. Blocks."""
-        for kind in StagingKind:
-            link, target = folder / STAGING_LINKS[kind], self._data.staging(kind)
-            if not link.is_symlink() or link.readlink() != target:
-                link.unlink(missing_ok=True)
-                link.symlink_to(target)
-
-    def _make_folder(self, folder: Path, machine: Machine) -> None:
-        """The folder of a sandbox that is about to start; a former try's leftovers go first."""
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(mode=0o700)
-        self.link_staging(folder)
-        link_drives(folder, machine.drives)
 
 
 def check_kernel(kernel: Path) -> None:

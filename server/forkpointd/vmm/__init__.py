@@ -29,6 +29,7 @@ from forkpointd.vmm.machine import Vmm, VmmInfo
 from forkpointd.vmm.process import (
     CONSOLE_INPUT_NAME,
     CONSOLE_OUTPUT_NAME,
+    EMPTIED_NAMES,
     Launched,
     launch,
 )
@@ -39,6 +40,7 @@ from forkpointd.vmm.words import read_last_words, trim_head, trim_log
 __all__ = [
     "CONSOLE_INPUT_NAME",
     "CONSOLE_OUTPUT_NAME",
+    "EMPTIED_NAMES",
     "MAX_WINDOW_BYTES",
     "SUPPORTED_VERSIONS",
     "ApiConnection",

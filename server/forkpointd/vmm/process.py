@@ -41,12 +41,16 @@ CONSOLE_INPUT_NAME = "console.in"
 CONSOLE_OUTPUT_NAME = "console.out"
 METRICS_NAME = "metrics"
 
+EMPTIED_NAMES = frozenset({LOG_NAME, ERROR_NAME, METRICS_NAME})
+"""Files that `launch` empties where they are there already; the console's must not be."""
+
 LAUNCH_SECONDS = 60.0
 """From the spawn to the last reply: a VMM that takes longer is ended."""
 LOG_LEVEL = "Error"
 """At Warning each window writes some lines, inside of it."""
 
 _READ_WRITE = os.O_RDWR | os.O_CLOEXEC
+_EMPTY = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
 
 _METRICS_REQUEST = ApiRequest("PUT", "/metrics", {"metrics_path": METRICS_NAME})
@@ -95,8 +99,8 @@ def launch(
     requests: Sequence[ApiRequest],
     abandon: Abandon | None = None,
 ) -> Launched:
-    """Starts a VMM in `folder` (which is there, and has none of its files yet) and has it do
-    `requests`.
+    """Starts a VMM in `folder` (which is there, and has no console and no socket yet) and has it
+    do `requests`.
 
     If this fails the process is gone and reaped. Raises VmmFault with the VMM's own words where it
     refused something, VmmGone with its last words where it ended, TimeoutError after
@@ -139,9 +143,9 @@ class _Files:
             # Read-write: the guest's console never sees an end of file, whoever comes and goes.
             self.input = self._keep(os.open(inside + CONSOLE_INPUT_NAME, _READ_WRITE))
             self.output = self._keep(os.open(inside + CONSOLE_OUTPUT_NAME, _NEW, 0o600))
-            self.errors = self._keep(os.open(inside + ERROR_NAME, _NEW, 0o600))
-            os.close(os.open(inside + LOG_NAME, _NEW, 0o600))
-            os.close(os.open(inside + METRICS_NAME, _NEW, 0o600))
+            self.errors = self._keep(os.open(inside + ERROR_NAME, _EMPTY, 0o600))
+            os.close(os.open(inside + LOG_NAME, _EMPTY, 0o600))
+            os.close(os.open(inside + METRICS_NAME, _EMPTY, 0o600))
         except BaseException:
             self.close()
             raise

@@ -4,7 +4,7 @@
     copying     pre-copy, merge and plain copies that leave holes alone
     staging     where a window is written, and whether a folder is fit for it
     space       room that is reserved before it is used
-    manifest    what a snapshot is, and whether it fits a host (hostfacts)
+    manifest    what a snapshot is; `fits` says whether it can be loaded on a host (hostfacts)
     store       snapshot folders: made out of sight, seen whole or not at all
 
 This room knows files only: not Firecracker, not the registry, not sandboxes. All of it is
@@ -32,8 +32,9 @@ from forkpointd.images.extents import (
     save_extents,
     total_bytes,
 )
+from forkpointd.images.fits import Mismatch, can_read, check_fits
 from forkpointd.images.hostfacts import HostFacts, read_host_facts
-from forkpointd.images.manifest import DriveWitness, Manifest, Mismatch, can_read, check_fits
+from forkpointd.images.manifest import DriveWitness, Manifest
 from forkpointd.images.space import (
     NoRoom,
     Reservation,

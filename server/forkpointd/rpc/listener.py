@@ -162,7 +162,8 @@ class RpcServer:
             SERVER_SERVICE: ServerService(server=self._ports.server),
         }
         ours = [service.full_name for service in implementations]
-        listed = [*ours, health_service.SERVICE.full_name, CHANNELZ, reflection_service.V1ALPHA]
+        listed = [*ours, health_service.SERVICE.full_name, CHANNELZ]
+        listed += [reflection_service.V1, reflection_service.V1ALPHA]
         reflection = ReflectionService(listed)
         server.add_generic_rpc_handlers(
             [

@@ -69,7 +69,7 @@ async def version_at(address: str) -> str:
 async def until(condition: Callable[[], object]) -> None:
     """Waits for a state that only the fakes show."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0)
 
 

@@ -81,7 +81,7 @@ import forkpoint, forkpoint.v1
 for module in pkgutil.iter_modules(forkpoint.v1.__path__, "forkpoint.v1."):
     importlib.import_module(module.name)
 assert callable(forkpoint.connect)
-names = ("aiofiles", "aiosqlite", "grpc_health", "grpc_reflection", "pydantic_settings")
+names = ("asyncinotify", "grpc_health", "grpc_reflection", "pydantic_settings")
 print([name for name in names if importlib.util.find_spec(name)])
 """
     assert run([installed / "python", "-c", script], installed) == "[]\n"

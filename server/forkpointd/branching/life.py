@@ -203,6 +203,8 @@ class BranchLife:
         assert mode is not None
         self._shop.predictor.observe(mode, window)
         self.record.note_window(window)
+        if self._holding.staged is not None:
+            self._holding.staged.consume(window.dirty_bytes)
         try:
             await self.record.enter(BranchStage.PAUSED, BranchStage.RESUMED)
         except Exception as error:  # noqa: BLE001 - whatever it was, the pages are kept

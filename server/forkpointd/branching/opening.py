@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from forkpointd.branching.imaging import Staged
-from forkpointd.images import Extent, StagingArea, data_extents_of, save_extents, total_bytes
+from forkpointd.images import (
+    Extent,
+    ImageError,
+    StagingArea,
+    find_extents_of,
+    save_extents,
+    total_bytes,
+)
 from forkpointd.model import (
     BranchMode,
     ForkpointError,
@@ -54,10 +61,13 @@ class Windows:
         return Staged(kind, names.memory, names.vmstate, names.extents)
 
     async def stage(self, kind: StagingKind, serial: int, memory_bytes: int) -> Staged:
-        """Makes the staging files of one window. Raises OSError if there is no room for them."""
+        """Makes the staging files of one window. Raises OSError if there is no room for them,
+        ImageError for a serial that was used: those files are another window's, and stay."""
         staged = self.staged(kind, serial)
         try:
             await self._run(lambda: self._areas[kind].create(serial, memory_bytes))
+        except ImageError:
+            raise
         except BaseException:
             await asyncio.shield(self.remove(staged))
             raise
@@ -115,9 +125,9 @@ class Windows:
 
 def _store_extents(staged: Staged, mode: BranchMode, memory_bytes: int) -> int:
     if mode is BranchMode.FULL:
-        extents: tuple[Extent, ...] = (Extent(0, memory_bytes),)
+        extents: Sequence[Extent] = (Extent(0, memory_bytes),)
     else:
-        extents = data_extents_of(staged.memory_path, memory_bytes)
+        extents = find_extents_of(staged.memory_path, memory_bytes)
     save_extents(staged.extents_path, extents, memory_bytes, sync=staged.kind is StagingKind.DISK)
     return total_bytes(extents)
 

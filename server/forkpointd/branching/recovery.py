@@ -3,7 +3,8 @@
     QUEUED, PRECOPYING, base not PENDING   nothing happened to the source: FAILED
     base PENDING, no RESUMED               the window may have cleared the dirty log: the base is
                                            INVALID and the branch FAILED
-    RESUMED, MERGING, FINALIZING           the diff and its extents are there: finished
+    RESUMED, MERGING, FINALIZING           the diff and its extents are there: finished (on the
+                                           same boot; else FAILED, for pre-copies are not synced)
     FORKING                                the snapshot is READY: the children are finished
 
 Staging files and drafts that no unfinished branch and no kept diff needs are removed.
@@ -29,6 +30,7 @@ from forkpointd.model import (
     now,
 )
 from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
+from forkpointd.vmm import boot_id
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,9 @@ async def _find_work(shop: Workshop, branch: Branch) -> Unfinished | None:
     live = shop.sandboxes.live.get(branch.sandbox_id)
     if live is None:
         return None  # deleted: what its snapshot would be made of is known to its row only
+    process = live.row.process
+    if process is None or process.boot_id != boot_id():
+        return None  # another boot: what was pre-copied was not synced, and may be lost in part
     base = live.row.dirty_base.back_to_valid()
 
     def look() -> Draft | None:

@@ -31,6 +31,7 @@ from forkpointd.vmm.process import (
     CONSOLE_OUTPUT_NAME,
     EMPTIED_NAMES,
     Launched,
+    boot_id,
     launch,
 )
 from forkpointd.vmm.requests import boot_requests, link_drives, load_requests
@@ -57,6 +58,7 @@ __all__ = [
     "Window",
     "WindowLatencies",
     "WindowOutcome",
+    "boot_id",
     "boot_requests",
     "end_orphans",
     "find_orphans",

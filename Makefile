@@ -19,7 +19,7 @@ stubs: env ## client/forkpoint/v1: messages, gRPC stubs and type hints from prot
 	@$(PY) tools/stubs.py
 
 firecracker: env ## the pinned Firecracker: found, or fetched once into the user's cache
-	@vmm=$$($(PY) -m forkpointd.vmm.fetch) && echo "==> Firecracker: $$vmm"
+	@vmm=$$($(PY) -c 'import sys; from forkpointd.vmm.fetch import main; sys.exit(main())') && echo "==> Firecracker: $$vmm"
 
 firecracker-if-kvm: env
 	@if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then \

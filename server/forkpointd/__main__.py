@@ -1,6 +1,7 @@
 """`forkpointd`: serve, doctor, version.
 
-Exit codes (sysexits.h): 0 fine; 64 wrong usage; 69 no VMM; 73 the data folder or socket can't be
+Exit codes (sysexits.h but for 2): 0 fine; 2 wrong usage; 69 no VMM, or the server's libraries are
+not installed; 73 the data folder or socket can't be
 made; 75 another server works on the data folder; 78 a wrong setting; 70 anything else.
 """
 
@@ -12,14 +13,18 @@ import json
 import os
 import signal
 import sys
+import tomllib
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 import forkpointd
-from forkpointd.config import Settings
 
-EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CANTCREAT, EX_TEMPFAIL, EX_CONFIG = 64, 69, 70, 73, 75, 78
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from forkpointd.config import Settings
+
+EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CANTCREAT, EX_TEMPFAIL, EX_CONFIG = 2, 69, 70, 73, 75, 78
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,9 +38,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"forkpointd {forkpointd.__version__}")
         return 0
     try:
+        from pydantic import ValidationError
+
+        from forkpointd.config import UnknownVariableError
+    except ImportError as error:
+        return _fail(
+            EX_UNAVAILABLE,
+            f"the server's libraries are not installed ({error.name} is missing): "
+            "pip install 'forkpoint[server]'",
+        )
+    try:
         settings = _settings(options)
-    except (ValidationError, FileNotFoundError) as error:
+    except ValidationError as error:
         return _fail(EX_CONFIG, _describe(error))
+    except tomllib.TOMLDecodeError as error:
+        return _fail(EX_CONFIG, f"the settings file is no TOML: {error}")
+    except (UnknownVariableError, OSError) as error:
+        return _fail(EX_CONFIG, str(error))
     return _doctor(settings, options.json) if options.command == "doctor" else _serve(settings)
 
 
@@ -76,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
+    from forkpointd.config import Settings
+
     given = vars(options).copy()
     for name in ("command", "json"):
         given.pop(name, None)
@@ -153,9 +174,7 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
-def _describe(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
+def _describe(error: ValidationError) -> str:
     lines = [
         f"setting {'.'.join(str(part) for part in one['loc']) or '?'}: {one['msg']}"
         for one in error.errors(include_url=False)

@@ -8,7 +8,6 @@ its name, so that a typing error never silently means a default.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +30,7 @@ def default_listen() -> str:
         return f"unix:{runtime}/forkpoint/forkpoint.sock"
     if os.geteuid() == 0:
         return "unix:/run/forkpoint/forkpoint.sock"
-    return f"unix:{tempfile.gettempdir()}/forkpoint-{os.geteuid()}/forkpoint.sock"
+    return f"unix:/tmp/forkpoint-{os.geteuid()}/forkpoint.sock"
 
 
 def default_data_dir() -> Path:
@@ -47,6 +46,19 @@ def _absolute(path: Path) -> Path:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+OTHER_VARIABLES = (
+    "FORKPOINT_CONFIG",
+    "FORKPOINT_ADDRESS",
+    "FORKPOINT_SIMULATOR_",
+    "FORKPOINT_TEST_",
+)
+"""Variables of this project that are no settings of the server."""
+
+
+class UnknownVariableError(ValueError):
+    """A variable of the environment that looks like a setting and is none."""
 
 
 class Settings(BaseSettings):
@@ -73,7 +85,7 @@ class Settings(BaseSettings):
     staging_dir: AbsolutePath = Path("/dev/shm")
     """A tmpfs in which windows are staged when they fit."""
     staging_bytes: int | None = Field(default=None, ge=0)
-    """Budget of staging on tmpfs; None: half of the memory of the host."""
+    """Budget of staging on tmpfs; None: what the tmpfs and MemAvailable allow."""
     concurrent_copies: int = Field(default=2, ge=1, le=64)
     """Pre-copies and merges at once in the whole server."""
     max_queued_branches: int = Field(default=16, ge=0, le=1000)
@@ -121,10 +133,22 @@ class Settings(BaseSettings):
     def load(cls, config_file: Path | None, **flags: Any) -> Settings:
         """The settings from file, environment and flags (those that are not None).
 
-        Raises `pydantic.ValidationError` naming each wrong setting, `OSError` for the file.
+        Raises `pydantic.ValidationError` naming each wrong setting, `UnknownVariableError`,
+        `OSError` or `tomllib.TOMLDecodeError` for the file.
         """
         if config_file is not None and not config_file.is_file():
             raise FileNotFoundError(f"there is no settings file {config_file}")
+        unknown = sorted(
+            name
+            for name in os.environ
+            if name.startswith("FORKPOINT_")
+            and name.removeprefix("FORKPOINT_").lower() not in cls.model_fields
+            and not name.startswith(OTHER_VARIABLES)
+        )
+        if unknown:
+            raise UnknownVariableError(
+                f"{', '.join(unknown)}: no setting of forkpointd is called so; unset it"
+            )
 
         class Loaded(cls):  # type: ignore[valid-type, misc]
             @classmethod

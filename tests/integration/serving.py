@@ -318,7 +318,8 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
     """An error's ErrorInfo; fails where there is none."""
-    status = rpc_status.from_call(error)
+    call: Any = error  # an AioRpcError has what from_call asks of a Call
+    status = rpc_status.from_call(call)
     assert status is not None, f"no details: {error}"
     info = error_details_pb2.ErrorInfo()
     for detail in status.details:

@@ -316,12 +316,17 @@ class BranchLife:
         assert draft is not None and branch.mode is not None and branch.pause_window is not None
         if branch.stage is BranchStage.MERGING:
             await self.record.enter(BranchStage.FINALIZING)
-        folder = await shop.run(
-            lambda: shop.store.finalise(
-                draft,
-                Manifest.describe(branch=branch, machine=row.machine, vmm=row.vmm, host=shop.host),
+        try:
+            folder = await shop.run(
+                lambda: shop.store.finalise(
+                    draft,
+                    Manifest.describe(
+                        branch=branch, machine=row.machine, vmm=row.vmm, host=shop.host
+                    ),
+                )
             )
-        )
+        except ImageError as error:  # something stands where the snapshot's folder should
+            raise write_failed("under its name", error) from error
         self._draft = None
         snapshot = Snapshot(
             snapshot_id=branch.snapshot_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from datetime import datetime
@@ -55,6 +56,8 @@ class Branches:
         self._lives: dict[str, BranchLife] = {}
         self._feeds: dict[str, Feed[BranchView]] = {}
         self._turns: dict[str, asyncio.Lock] = {}
+        self._admitting: Counter[str] = Counter()
+        """Branches that are being admitted, by their source: calls that come at once are many."""
         self._admissions: Repeats[Branch] = Repeats(shop.registry, shop.tasks)
         shop.sandboxes.before_delete.append(self._source_is_deleted)
 
@@ -126,6 +129,15 @@ class Branches:
                 metadata={"sandbox_id": order.sandbox_id, "waiting": str(waiting)},
                 retry_after_seconds=QUEUE_RETRY_SECONDS,
             )
+        self._admitting[order.sandbox_id] += 1
+        try:
+            return await self._admit_to_queue(order, live, waiting)
+        finally:
+            self._admitting[order.sandbox_id] -= 1
+            if not self._admitting[order.sandbox_id]:
+                del self._admitting[order.sandbox_id]
+
+    async def _admit_to_queue(self, order: BranchOrder, live: LiveSandbox, waiting: int) -> Branch:
         mode = self._expected_mode(live, order.mode, waiting)
         row = live.row
         holding = await self._shop.run(lambda: self._shop.admission.reserve(row, mode))
@@ -164,12 +176,16 @@ class Branches:
         life = self._lives.pop(branch_id)
         self._feeds.pop(branch_id, None)
         source = life.branch.sandbox_id
+        turn = self._turns.get(source)
+        # It may be held by what is no branch at work: a late window, or the merge of a kept diff.
+        if turn is None or turn.locked():
+            return
         if not any(other.branch.sandbox_id == source for other in self._lives.values()):
-            self._turns.pop(source, None)
+            del self._turns[source]
 
     def _waiting_on(self, sandbox_id: str) -> int:
-        """Branches that have or await this source's turn."""
-        return sum(
+        """Branches that have or await this source's turn, or are just being admitted to it."""
+        return self._admitting[sandbox_id] + sum(
             life.branch.sandbox_id == sandbox_id and not life.past_queue.is_set()
             for life in self._lives.values()
         )
@@ -242,7 +258,9 @@ class Branches:
                 return view
             raise ForkpointError(
                 Reason.BRANCH_NOT_CANCELLABLE,
-                f"branch {branch_id} is {view.branch.stage} and can't be cancelled any more: "
+                f"branch {branch_id} has FAILED already: there is nothing left to cancel"
+                if view.branch.stage is BranchStage.FAILED
+                else f"branch {branch_id} is {view.branch.stage} and can't be cancelled any more: "
                 f"delete its snapshot {view.branch.snapshot_id} instead",
                 metadata={"branch_id": branch_id, "stage": str(view.branch.stage)},
             )

@@ -233,5 +233,5 @@ def write_failed(when: str, error: BaseException) -> ForkpointError:
     return ForkpointError(
         Reason.WRITE_FAILED,
         f"a file of the snapshot could not be written {when}: {error}. The source runs on and no "
-        "page is lost: make room and branch again",
+        "page is lost: make room, or put away what is in the way, and branch again",
     )

@@ -273,10 +273,14 @@ class SnapshotStore:
         return count
 
     def _remove_folder(self, folder: Path) -> None:
-        """Unlinks a flat folder, then makes its end durable."""
+        """Unlinks a flat folder (or what somebody put in its place), then makes its end durable."""
         try:
             names = os.listdir(folder)
         except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            self._fs.unlink(folder)
+            self._fs.fsync_folder(self.root)
             return
         for name in names:
             self._fs.unlink(folder / name)

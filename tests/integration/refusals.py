@@ -52,6 +52,7 @@ STEPS = {
     "precopy": "forkpointd.branching.life:make_base_image",
     "window": "forkpointd.vmm.window:Window.run",
     "merge": "forkpointd.branching.life:merge_staged_diff",
+    "keep": "forkpointd.branching.unmerged:make_base_image",
     "finalise": "forkpointd.images.store:SnapshotStore.finalise",
 }
 """Steps of its work at which a `HeldHouse`'s server can be held."""

@@ -270,6 +270,32 @@ async def test_a_file_where_the_snapshots_folder_should_be(house: HeldHouse, sou
         obstacle.unlink()
 
 
+async def test_a_kept_diff_keeps_its_turn_while_others_come_and_go(
+    house: HeldHouse, source: Guest
+) -> None:
+    obstacle = house.data_dir / "snapshots" / "in-the-way"
+    obstacle.write_text("")
+    async with house.held("keep") as merging_kept:
+        await house.branch("src", snapshot_id="in-the-way")
+        obstacle.unlink()
+        await merging_kept.reached()
+        async with house.held("precopy") as precopying:
+            first = asyncio.ensure_future(house.branch("src", branch_id="k-first"))
+            await at_stage(house, "k-first", QUEUED)
+            assert (await cancel(house, "k-first")).stage == CANCELLED
+            await first
+            second = asyncio.ensure_future(house.branch("src", branch_id="k-second"))
+            await at_stage(house, "k-second", QUEUED)
+            merging_kept.release()
+            await precopying.reached()
+            base = (await house.get("src")).dirty_base
+            assert not base.unmerged_bytes, "the second branch began before the merge had ended"
+    branch = await second
+    assert branch.stage == READY_STAGE
+    child = await house.child(branch.snapshot_id)
+    assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
+
+
 # --- modes and pauses --------------------------------------------------------------------------
 
 

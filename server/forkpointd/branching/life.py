@@ -45,6 +45,7 @@ from forkpointd.model import (
     now,
 )
 from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
+from forkpointd.sandboxes.starting import check_drives_are_there
 from forkpointd.vmm import VmmFault, VmmGone
 
 log = logging.getLogger(__name__)
@@ -245,6 +246,7 @@ class BranchLife:
         live, shop = self._source.live, self._shop
         live.require_callable()
         row = live.row
+        await shop.run(lambda: check_drives_are_there(row.machine))
         expected = await shop.run(lambda: expected_diff_bytes(row, private_bytes))
         plan = shop.admission.decide(
             row,

@@ -238,8 +238,10 @@ class Forks:
         outcomes: asyncio.Queue[_Outcome],
     ) -> None:
         try:
-            async with self._starts:
-                vmm = await self._sandboxes.starter.load(live.row, stored)
+            async with self._starts, live.turn:
+                live.require_not_deleting()
+                # At once, not with the outcome: a delete that waits for the turn ends it.
+                vmm = live.vmm = await self._sandboxes.starter.load(live.row, stored)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it is, the fork must have an outcome for this child
@@ -268,7 +270,8 @@ class Forks:
                 draft = await stack.enter_async_context(outcome.live.editing())
                 draft.row = self._sandboxes.started(draft.row, outcome.vmm)
                 rows.append(draft.row)
-                self._sandboxes.attach(outcome.live, outcome.vmm)
+                if self._sandboxes.live.get(child.sandbox_id) is outcome.live:
+                    self._sandboxes.attach(outcome.live, outcome.vmm)
                 children[outcome.index] = replace(
                     child, state=ForkChildState.READY, start_us=outcome.vmm.start_us
                 )
@@ -284,7 +287,11 @@ class Forks:
         await self._sandboxes.discard(
             [live for live in never_started if live.sandbox_id in self._sandboxes.live]
         )
-        good = [c.sandbox_id for c in fork.children if c.state is ForkChildState.READY]
+        good = [
+            child.sandbox_id
+            for child in fork.children
+            if child.state is ForkChildState.READY and child.sandbox_id in self._sandboxes.live
+        ]
         for outcome in await asyncio.gather(
             *(self._sandboxes.delete(sandbox_id) for sandbox_id in good), return_exceptions=True
         ):

@@ -47,6 +47,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 BOOT_HINT = ". Look at the kernel image, the initrd, the boot arguments and the drives"
+VMSTATE_DAMAGED = "snapshot state from file"
+"""In what Firecracker says of a vmstate that it can't read, the one file that has a CRC."""
 RECHECK_FIRST_SECONDS = 0.1
 RECHECK_MOST_SECONDS = 2.0
 
@@ -423,6 +425,13 @@ def new_id(prefix: str) -> str:
 def start_failure(sandbox_id: str, error: BaseException, hint: str = "") -> BaseException:
     """What a client is told about a process that did not start; `hint` says what may help where
     Firecracker itself refused."""
+    if isinstance(error, VmmFault) and VMSTATE_DAMAGED in error.fault_message:
+        return ForkpointError(
+            Reason.IMAGE_DAMAGED,
+            f"sandbox {sandbox_id} did not start: the vmstate of its snapshot is damaged "
+            f"({error.fault_message}). Put it back from a copy, or delete it and branch again",
+            metadata={"sandbox_id": sandbox_id},
+        )
     if isinstance(error, VmmFault):
         return ForkpointError(
             Reason.VMM_FAILED,
@@ -438,7 +447,8 @@ def start_failure(sandbox_id: str, error: BaseException, hint: str = "") -> Base
     if isinstance(error, OSError):
         return ForkpointError(
             Reason.WRITE_FAILED,
-            f"sandbox {sandbox_id} did not start: {error}",
+            f"sandbox {sandbox_id} did not start: {error}. Make room, or put away what is in the "
+            "way, and ask again",
             metadata={"sandbox_id": sandbox_id},
         )
     return error

@@ -8,6 +8,7 @@ snapshot was taken with (DESIGN promise 7).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from concurrent.futures import Executor
 from pathlib import Path
@@ -37,6 +38,8 @@ from forkpointd.vmm import (
     boot_requests,
     load_requests,
 )
+
+log = logging.getLogger(__name__)
 
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1"
 
@@ -92,19 +95,25 @@ class Starter:
     def _check_loadable(self, snapshot_id: str) -> StoredSnapshot:
         try:
             stored = self._store.open(snapshot_id)
-        except (ImageError, FileNotFoundError) as error:
+        except (ImageError, OSError) as error:
             raise ForkpointError(
                 Reason.IMAGE_DAMAGED,
-                f"snapshot {snapshot_id} can't be used: {error}",
+                f"snapshot {snapshot_id} can't be used: {error}. Put its files back from a copy, "
+                "or delete it and branch again",
                 metadata={"snapshot_id": snapshot_id},
             ) from error
-        refusals = [
-            mismatch
-            for mismatch in check_fits(stored.manifest, self._host, strict=self._strict_host)
-            if mismatch.refuses
-        ]
+        mismatches = check_fits(stored.manifest, self._host, strict=self._strict_host)
+        refusals = [mismatch for mismatch in mismatches if mismatch.refuses]
         if refusals:
             raise _host_mismatch(snapshot_id, refusals)
+        for mismatch in mismatches:
+            log.warning(
+                "snapshot %s was taken with another %s: %s, here it is %s",
+                snapshot_id,
+                mismatch.field,
+                mismatch.snapshot_value,
+                mismatch.host_value,
+            )
         for drive in stored.manifest.drives:
             if reason := drive.changed():
                 raise ForkpointError(
@@ -158,6 +167,19 @@ def check_drives(drives: tuple[Drive, ...]) -> None:
                 Reason.WRITABLE_DRIVE,
                 f"drive {drive.drive_id} is writable, which is refused for now: children of one "
                 "snapshot would share the file. Set read_only",
+                metadata={"drive_id": drive.drive_id},
+            )
+
+
+def check_drives_are_there(machine: Machine) -> None:
+    """Refuses a snapshot of a machine one of whose drives has gone: no child could start from it.
+    Blocks."""
+    for drive in machine.drives:
+        if not drive.path.exists():
+            raise ForkpointError(
+                Reason.DRIVE_CHANGED,
+                f"drive {drive.drive_id}: {drive.path} can't be found any more: put the file back "
+                "as it was",
                 metadata={"drive_id": drive.drive_id},
             )
 

@@ -175,6 +175,24 @@ async def traces(house: House) -> Traces:
     )
 
 
+async def stopped(house: HeldHouse, sandbox_id: str) -> None:
+    """Waits until a sandbox's end is noticed."""
+
+    async def noticed() -> bool:
+        return bool((await house.get(sandbox_id)).state == sandbox_pb2.SANDBOX_STATE_STOPPED)
+
+    await until(noticed)
+
+
+async def crash(house: HeldHouse, call: asyncio.Future[Any]) -> None:
+    """kill -9 of the server, which the call hears of."""
+    assert house.process is not None
+    house.process.kill()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
+    await house.kill()
+
+
 async def nothing_half_made(house: House) -> None:
     """Waits until there is nothing but finished work: a branch's staging files go right after it
     is READY."""

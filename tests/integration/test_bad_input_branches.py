@@ -23,12 +23,14 @@ from tests.integration.refusals import (
     RUNNING,
     HeldHouse,
     connected,
+    crash,
     everyone_answers,
     nothing_half_made,
     problem_of,
     refused,
     running_house,
     snapshot_ids,
+    stopped,
     traces,
     until,
 )
@@ -105,24 +107,6 @@ async def at_stage(house: HeldHouse, branch_id: str, stage: Any) -> None:
             return False
 
     await until(there)
-
-
-async def stopped(house: HeldHouse, sandbox_id: str) -> None:
-    """Waits until a sandbox's end is noticed."""
-
-    async def noticed() -> bool:
-        return bool((await house.get(sandbox_id)).state == sandbox_pb2.SANDBOX_STATE_STOPPED)
-
-    await until(noticed)
-
-
-async def crash(house: HeldHouse, call: asyncio.Future[Any]) -> None:
-    """kill -9 of the server, which the call hears of."""
-    assert house.process is not None
-    house.process.kill()
-    with pytest.raises(grpc.aio.AioRpcError):
-        await call
-    await house.kill()
 
 
 async def next_diff_is_right(house: HeldHouse, source: Guest) -> None:

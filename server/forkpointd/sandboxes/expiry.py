@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from forkpointd.model import ExpiryAction, ForkpointError, SandboxState, now
+from forkpointd.model import ExpiryAction, ForkpointError, Reason, SandboxState, now
 from forkpointd.sandboxes.live import LiveSandbox
 from forkpointd.sandboxes.service import Sandboxes
 from forkpointd.sandboxes.tasks import Tasks
@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
 """After an action that failed."""
+
+_WAITING_HELPS = frozenset({Reason.BRANCH_QUEUE_FULL, Reason.SANDBOX_UNRESPONSIVE})
 
 
 class Expiry:
@@ -55,15 +57,8 @@ class Expiry:
                 self._expire_due()
 
     def _expire_due(self) -> None:
-        at = now()
         for live in list(self._sandboxes.live.values()):
-            due = live.row.expire_time
-            if (
-                due is not None
-                and due <= at
-                and live.row.state is SandboxState.RUNNING
-                and live.sandbox_id not in self._acting
-            ):
+            if is_due(live) and live.sandbox_id not in self._acting:
                 self._acting.add(live.sandbox_id)
                 self._tasks.start_unwatched(self._expire(live), live.sandbox_id)
 
@@ -72,16 +67,33 @@ class Expiry:
         log.info("the ttl of sandbox %s is over: %s", sandbox_id, action)
         try:
             if action is ExpiryAction.BRANCH:
-                action = (
-                    ExpiryAction.DELETE if await self._branch(sandbox_id) else ExpiryAction.PAUSE
-                )
+                branched = await self._is_branched(sandbox_id)
+                if not is_due(live):
+                    return  # its owner gave it more time, or paused it, while it was branched
+                action = ExpiryAction.DELETE if branched else ExpiryAction.PAUSE
             if action is ExpiryAction.DELETE:
                 await self._sandboxes.delete(sandbox_id)
             else:
                 await self._sandboxes.pause(sandbox_id)
-        except ForkpointError as error:
-            log.error("expiry of sandbox %s: %s", sandbox_id, error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
+            log.error("expiry of sandbox %s: %s; it is tried again", sandbox_id, error)
             await asyncio.sleep(RETRY_SECONDS)
         finally:
             self._acting.discard(sandbox_id)
             self._changed.set()
+
+    async def _is_branched(self, sandbox_id: str) -> bool:
+        """Branches it; a branch that is refused is a branch that failed, unless waiting helps."""
+        try:
+            return await self._branch(sandbox_id)
+        except ForkpointError as error:
+            if error.reason in _WAITING_HELPS:
+                raise
+            log.error("sandbox %s can't be branched at its expiry: %s", sandbox_id, error)
+            return False
+
+
+def is_due(live: LiveSandbox) -> bool:
+    """Whether a sandbox's time is over."""
+    due = live.row.expire_time
+    return due is not None and due <= now() and live.row.state is SandboxState.RUNNING

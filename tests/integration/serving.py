@@ -108,7 +108,12 @@ class House:
         self._folder_fd = os.open(self.socket.parent, os.O_PATH)
         target = f"unix:/proc/self/fd/{self._folder_fd}/{self.socket.name}"
         self._channel = grpc.aio.insecure_channel(
-            target, options=[("grpc.initial_reconnect_backoff_ms", 50)]
+            target,
+            options=[
+                ("grpc.initial_reconnect_backoff_ms", 50),
+                # Else a channel to a restarted server shares the dead one's connection.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
         )
         self.sandboxes = sandbox_service_pb2_grpc.SandboxServiceStub(self._channel)
         self.snapshots = snapshot_service_pb2_grpc.SnapshotServiceStub(self._channel)

@@ -275,13 +275,14 @@ class SnapshotStore:
     def _remove_folder(self, folder: Path) -> None:
         """Unlinks a flat folder (or what somebody put in its place), then makes its end durable."""
         try:
-            names = os.listdir(folder)
+            is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)
         except FileNotFoundError:
             return
-        except NotADirectoryError:
+        if not is_folder:  # nor a link to one, whose files are not ours
             self._fs.unlink(folder)
             self._fs.fsync_folder(self.root)
             return
+        names = os.listdir(folder)
         for name in names:
             self._fs.unlink(folder / name)
         self._fs.rmdir(folder)

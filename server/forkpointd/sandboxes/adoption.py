@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from forkpointd.model import ForkpointError, Sandbox, SandboxExit, SandboxState, now
@@ -50,6 +51,7 @@ async def adopt_all(
     def run(work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         return loop.run_in_executor(files, work, *arguments)
 
+    await run(sandboxes.folders.forget_spares)
     rows = await sandboxes.registry.all_sandboxes()
     adopted = stopped = 0
     doomed: list[LiveSandbox] = []
@@ -84,12 +86,19 @@ async def adopt_all(
             except ForkpointError as error:
                 log.error("sandbox %s: its wish is not restored: %s", live.sandbox_id, error)
     root = sandboxes.folders.root
-    await run(sandboxes.folders.forget_spares)
     for folder in await run(lambda: sorted(root.iterdir())):
         if folder.name not in sandboxes.live:
             log.warning("removing %s, which belongs to no sandbox", folder)
-            await run(shutil.rmtree, folder, True)
+            await run(_remove, folder)
     return Adoption(adopted, stopped, removed, len(orphans))
+
+
+def _remove(path: Path) -> None:
+    """Removes what has no business among the sandboxes' folders, as far as it goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 async def _note_lost(sandboxes: Sandboxes, live: LiveSandbox, row: Sandbox) -> None:

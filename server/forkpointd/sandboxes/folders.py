@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from forkpointd.model import Drive, StagingKind
@@ -47,12 +48,8 @@ class Folders:
         folder = self.of(sandbox_id)
         if folder.exists():
             shutil.rmtree(folder)
-        with self._lock:
-            spare = self._spares.pop() if self._spares else None
-        if spare is None:
+        if not self._take_spare(folder):
             folder.mkdir(mode=0o700)
-        else:
-            spare.rename(folder)
         self.link_staging(folder)
         link_drives(folder, drives)
 
@@ -80,8 +77,19 @@ class Folders:
         if not keep:
             shutil.rmtree(folder)
 
+    def _take_spare(self, folder: Path) -> bool:
+        """Makes a spare this folder; False where there is none."""
+        while True:
+            with self._lock:
+                if not self._spares:
+                    return False
+                spare = self._spares.pop()
+            with suppress(FileNotFoundError):  # somebody tidied up
+                spare.rename(folder)
+                return True
+
     def forget_spares(self) -> None:
-        """Removes the spares of a former server."""
+        """Removes the spares of a former server: before this one has any."""
         if self._spare_root.exists():
             shutil.rmtree(self._spare_root)
 

@@ -204,6 +204,7 @@ class Sandboxes:
                 await self.discard([live])
                 hint = BOOT_HINT if stored is None else ""
                 raise start_failure(row.sandbox_id, error, hint) from error
+        live.require_not_deleting()  # by somebody who didn't wait; that call ends it
         self.expiry_changed()
         return live.row
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = _settings(options)
     except ValidationError as error:
         return _fail(EX_CONFIG, _describe(error))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         return _fail(EX_CONFIG, f"the settings file is no TOML: {error}")
     except (UnknownVariableError, OSError) as error:
         return _fail(EX_CONFIG, str(error))
@@ -108,7 +109,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _serve(settings: Settings) -> int:
     from forkpointd.daemon import Daemon, StartError
-    from forkpointd.model import ForkpointError
+    from forkpointd.model import ForkpointError, Reason
     from forkpointd.registry import RegistryError
     from forkpointd.rpc.unix_socket import ListenError
     from forkpointd.sandboxes.datadir import DataDirError, DataDirLocked
@@ -130,7 +131,12 @@ def _serve(settings: Settings) -> int:
     except (DataDirError, StartError, RegistryError, ListenError) as error:
         return _fail(EX_CANTCREAT, str(error))
     except ForkpointError as error:
-        return _fail(EX_UNAVAILABLE, str(error))
+        return _fail(EX_UNAVAILABLE if error.reason is Reason.NO_VMM else EX_SOFTWARE, str(error))
+    except OSError as error:
+        return _fail(EX_CANTCREAT, f"the server can't start or go on: {error}")
+    except Exception as error:
+        logging.getLogger(__name__).exception("a fault of the server")
+        return _fail(EX_SOFTWARE, f"a fault of the server, whose trace is above: {error!r}")
     return 0
 
 

@@ -256,7 +256,10 @@ class Daemon:
     def _check_host(
         self, data: DataDir, binary: Binary
     ) -> tuple[tuple[HostCheck, ...], StagingKind, bool]:
-        staging, kind = check_staging(data.tmpfs_staging, self._settings.staging_bytes)
+        ours = data.tmpfs_staging  # not there where it could not be made: the check says why
+        staging, kind = check_staging(
+            ours if ours.is_dir() else self._settings.staging_dir, self._settings.staging_bytes
+        )
         reflink, able = check_reflink(data.root)
         checks = (check_kvm(), describe_vmm(binary), staging, reflink, check_data_dir(data.root))
         return checks, kind, able

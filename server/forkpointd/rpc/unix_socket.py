@@ -105,10 +105,17 @@ class UnixSocket:
         """Turns what the system says into words for the operator."""
         try:
             yield
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ListenError(
+                f"can't listen at {self.path}: {error.filename} is a file where a folder should "
+                "be; move it away or listen elsewhere"
+            ) from error
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             words = os.strerror(error.errno) if error.errno else str(error)
-            raise ListenError(f"can't listen at {self.path}: {words}{where}") from error
+            raise ListenError(
+                f"can't listen at {self.path}: {words}{where}; put that right or listen elsewhere"
+            ) from error
 
     def _reachable(self) -> Path:
         """A path of the socket that is short enough for its address."""

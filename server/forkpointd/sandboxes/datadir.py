@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from forkpointd.model import StagingKind
 
 STAGING_LINKS = {StagingKind.TMPFS: "t", StagingKind.DISK: "d"}
 """Names, in a sandbox's folder, of the links to the staging folders."""
+
+
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
 class DataDirError(Exception):
@@ -96,6 +100,8 @@ def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
             f"{error.filename} is a file where a folder should be: move it away or choose another "
             "--data-dir"
         ) from error
+    except IsADirectoryError as error:
+        raise _not_a_file(error) from error
     except PermissionError as error:
         raise DataDirError(
             f"no permission for {error.filename}: choose a --data-dir that this user may write"
@@ -112,10 +118,13 @@ def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
     try:
         identity = _identity(root)
         tmpfs_staging = staging_dir / f"forkpoint-{identity}"
-        if staging_dir.is_dir():
+        with suppress(OSError):  # the host's checks say what is wrong with staging_dir
             tmpfs_staging.mkdir(mode=0o700, exist_ok=True)
-            if tmpfs_staging.stat().st_uid != os.geteuid():
-                raise DataDirError(f"{tmpfs_staging} belongs to another user: remove it")
+        if tmpfs_staging.exists() and tmpfs_staging.stat().st_uid != os.geteuid():
+            raise DataDirError(f"{tmpfs_staging} belongs to another user: remove it")
+    except IsADirectoryError as error:
+        os.close(lock_fd)
+        raise _not_a_file(error) from error
     except OSError as error:
         os.close(lock_fd)
         raise DataDirError(f"can't prepare {root}: {error}") from error
@@ -125,14 +134,29 @@ def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
     return DataDir(root, identity, tmpfs_staging, lock_fd)
 
 
+def _not_a_file(error: OSError) -> DataDirError:
+    return DataDirError(
+        f"{error.filename} is a folder where a file should be: move it away or choose another "
+        "--data-dir"
+    )
+
+
 def _identity(root: Path) -> str:
-    """The random name of this data folder, made once."""
+    """The random name of this data folder, made once.
+
+    What is no such name (an empty file after a power loss) is replaced: with the power, all that
+    was staged under the old one went too.
+    """
     path = root / "id"
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except FileNotFoundError:
-        identity = secrets.token_hex(8)
-        draft = root / f".id-{identity}"
-        draft.write_text(identity + "\n", encoding="ascii")
-        draft.rename(path)
-        return identity
+    with suppress(FileNotFoundError):
+        found = path.read_text(encoding="ascii", errors="replace").strip()
+        if _IDENTITY.fullmatch(found):
+            return found
+    identity = secrets.token_hex(8)
+    draft = root / ".id"
+    with draft.open("w", encoding="ascii") as opened:
+        opened.write(identity + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+    draft.rename(path)
+    return identity

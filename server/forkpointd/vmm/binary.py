@@ -20,6 +20,7 @@ from forkpointd.vmm.simulator import simulator_argv
 from forkpointd.vmm.simulator.versions import VMM_VERSION
 
 VERSION_SECONDS = 10.0
+REMEDY = "Set FORKPOINT_FIRECRACKER to a Firecracker binary that this user may run"
 
 _DUMP_FAILED = (
     r"Create snapshot error: Cannot write memory file: "
@@ -72,7 +73,7 @@ def inspect_binary(path: Path) -> Binary:
     except (FirecrackerUnavailableError, OSError) as error:
         raise ForkpointError(
             Reason.NO_VMM,
-            f"{error}. Set FORKPOINT_FIRECRACKER to a Firecracker binary that this user may run",
+            f"{error}. {REMEDY}",
             metadata={"path": str(path)},
         ) from error
 
@@ -99,13 +100,15 @@ def snapshot_version(binary: Binary) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ForkpointError(
-            Reason.NO_VMM, f"{binary.path} can't be asked for its snapshot version: {error}"
+            Reason.NO_VMM,
+            f"{binary.path} can't be asked for its snapshot version: {error}. {REMEDY}",
         ) from error
     match = re.match(r"v(\d+\.\d+\.\d+)", done.stdout)
     if done.returncode != 0 or match is None:
         said = (done.stdout + done.stderr).strip().partition("\n")[0][:200]
         raise ForkpointError(
-            Reason.NO_VMM, f"{binary.path} does not tell its snapshot version: it says {said!r}"
+            Reason.NO_VMM,
+            f"{binary.path} does not tell its snapshot version: it says {said!r}. {REMEDY}",
         )
     return match.group(1)
 

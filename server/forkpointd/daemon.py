@@ -34,6 +34,7 @@ from forkpointd.host import (
     check_staging,
     choose_binary,
     describe_vmm,
+    raise_file_limit,
 )
 from forkpointd.images import (
     Room,
@@ -118,6 +119,7 @@ class Daemon:
         """Starts, serves until `stop`, drains, stops. Raises what keeps it from starting:
         `StartError`, `DataDirError`, `ForkpointError` (NO_VMM), `OSError`."""
         os.umask(0o077)
+        raise_file_limit()
         async with AsyncExitStack() as stack:
             await self._serve(stack)
 

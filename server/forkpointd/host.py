@@ -11,6 +11,7 @@ import fcntl
 import grp
 import os
 import pwd
+import resource
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def _no_permission(device: Path) -> HostCheck:
         else f"sudo setfacl -m u:{user}:rw {device}"
     )
     return HostCheck("kvm", CheckOutcome.FAILED, f"user {user} has no permission for {device}", fix)
+
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as it may: each sandbox is one for as long as it runs,
+    and several while it starts, and the usual soft limit is 1,024 (getrlimit(2))."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def choose_binary(settings: Settings, say: object = print) -> Binary:

@@ -489,6 +489,34 @@ async def test_one_request_id_makes_one_sandbox(house: HeldHouse) -> None:
     await house.delete(again.sandbox.sandbox_id)
 
 
+async def test_one_request_id_makes_one_fork(house: HeldHouse) -> None:
+    request = Pb.ForkSandboxesRequest(
+        request_id=str(uuid.uuid4()), snapshot_id="snap", fork=fork_pb2.ForkSpec(count=2)
+    )
+
+    async def fork(request: Pb.ForkSandboxesRequest) -> fork_pb2.Fork:
+        last = fork_pb2.Fork()
+        async for response in house.sandboxes.ForkSandboxes(request):
+            last = response.fork
+        return last
+
+    async with house.held("load") as hold:
+        calls = [asyncio.ensure_future(fork(request)) for _ in range(5)]
+        await hold.reached()
+    first = await calls[0]
+    assert first.ready_count == 2
+    assert {(await call).fork_id for call in calls} == {first.fork_id}
+    await house.restart()
+    assert (await fork(request)).fork_id == first.fork_id
+    other = Pb.ForkSandboxesRequest()
+    other.CopyFrom(request)
+    other.fork.count = 3
+    async with refused(house, "ALREADY_EXISTS", "REQUEST_ID_REUSED", "another ForkSandboxes call"):
+        await fork(other)
+    for child in first.children:
+        await house.delete(child.sandbox_id)
+
+
 async def test_a_request_that_was_refused_is_not_remembered(house: HeldHouse) -> None:
     request_id = str(uuid.uuid4())
     async with refused(house, "ALREADY_EXISTS", "ID_TAKEN"):

@@ -16,7 +16,7 @@ import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from forkpoint.v1 import sandbox_pb2, sandbox_service_pb2
+from forkpoint.v1 import fork_pb2, sandbox_pb2, sandbox_service_pb2
 from forkpointd.model import VmmKind
 from forkpointd.vmm import Binary
 from tests.integration.conftest import vmm_params
@@ -29,6 +29,7 @@ from tests.integration.refusals import (
     connected,
     everyone_answers,
     nothing_half_made,
+    problem_of,
     refused,
     running_house,
     snapshot_ids,
@@ -333,5 +334,48 @@ async def test_a_data_folder_whose_path_has_two_hundred_characters_simply_works(
         assert await source.verify(REGION_MIB) == (later, later, 0, 0)
         await nothing_half_made(house)
         assert await house.stop() == 0
+    finally:
+        await house.close()
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+class LimitedHouse(House):
+    """A house whose server may have only so many files open."""
+
+    soft = hard = 0
+
+    def command(self) -> list[str]:
+        limits = f'ulimit -Sn {self.soft}; ulimit -Hn {self.hard}; exec "$@"'
+        return ["sh", "-c", limits, "sh", *super().command()]
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(40, 400), (50, 50)])
+async def test_a_limit_of_open_files(
+    binary: Binary, witness_kernel: Path, tmp_path: Path, soft: int, hard: int
+) -> None:
+    house = LimitedHouse(tmp_path / "h", binary, witness_kernel)
+    house.soft, house.hard = soft, hard
+    try:
+        await house.start()
+        source = await house.boot("src", MEMORY_MIB)
+        await source.dirty(REGION_MIB)
+        await house.ready("src", snapshot_id="first")
+        fork = await house.fork("first", 40)
+        if hard > soft:
+            assert fork.ready_count == 40, "it takes what it may have"
+        else:
+            assert 0 < fork.failed_count < 40
+            for child in fork.children:
+                if child.error.message:
+                    problem_of(child.error, "WRITE_FAILED", "Too many open files", "LimitNOFILE")
+        assert len(house.vmm_pids()) == 1 + fork.ready_count
+        for child in fork.children:
+            if child.state == fork_pb2.FORK_CHILD_STATE_READY:
+                await house.delete(child.sandbox_id)
+        child_of_next = await house.child((await house.ready("src")).snapshot_id)
+        assert await child_of_next.verify(REGION_MIB) == await source.verify(REGION_MIB)
+        await nothing_half_made(house)
     finally:
         await house.close()

@@ -8,6 +8,7 @@ task of the server's own, so a caller that leaves ends nothing halfway.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -263,7 +264,12 @@ class Sandboxes:
             [live.sandbox_id for live in lives], forget_requests=True
         )
         for live in lives:
-            self._live.pop(live.sandbox_id, None)
+            self._forget(live)
+
+    def _forget(self, live: LiveSandbox) -> None:
+        """Its row is gone, and its id may be another's by now."""
+        if self._live.get(live.sandbox_id) is live:
+            del self._live[live.sandbox_id]
 
     # --- changing ---
 
@@ -402,7 +408,7 @@ class Sandboxes:
             await self._run(remove_diffs, live.row.dirty_base)
             await self._run(self.folders.remove, live.sandbox_id)
             await self.registry.remove_sandboxes([live.sandbox_id])
-            del self._live[live.sandbox_id]
+            self._forget(live)
         if live.row.dirty_base.snapshot_id is not None:
             self.tasks.start_unwatched(self.snapshots.collect(), "collect snapshots")
 
@@ -446,10 +452,14 @@ def start_failure(sandbox_id: str, error: BaseException, hint: str = "") -> Base
             metadata={"sandbox_id": sandbox_id},
         )
     if isinstance(error, OSError):
+        remedy = (
+            "Raise the server's limit of open files (ulimit -n, LimitNOFILE of systemd)"
+            if error.errno in (errno.EMFILE, errno.ENFILE)
+            else "Make room, or put away what is in the way, and ask again"
+        )
         return ForkpointError(
             Reason.WRITE_FAILED,
-            f"sandbox {sandbox_id} did not start: {error}. Make room, or put away what is in the "
-            "way, and ask again",
+            f"sandbox {sandbox_id} did not start: {error}. {remedy}",
             metadata={"sandbox_id": sandbox_id},
         )
     return error

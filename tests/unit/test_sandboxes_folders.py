@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from forkpointd.images.syscalls import filesystem_of
 from forkpointd.model import Drive
 from forkpointd.sandboxes import folders as folders_module
-from forkpointd.sandboxes.datadir import open_data_dir
+from forkpointd.sandboxes.datadir import open_data_dir, spread
 from forkpointd.sandboxes.folders import Folders
 from forkpointd.vmm import CONSOLE_INPUT_NAME, CONSOLE_OUTPUT_NAME, EMPTIED_NAMES
 
@@ -63,3 +66,14 @@ def test_leftovers_of_a_former_try_are_gone(folders: Folders, tmp_path: Path) ->
     lived_in(folders, "one", tmp_path / "image")
     folders.make("one", ())
     assert {path.name for path in folders.of("one").iterdir()} == {"t", "d"}
+
+
+def test_new_folders_are_spread_over_the_disk_where_the_file_system_can(tmp_path: Path) -> None:
+    sandboxes = open_data_dir(tmp_path / "data", tmp_path).sandboxes
+    if not spread(sandboxes):
+        assert filesystem_of(sandboxes) != "ext4"
+        pytest.skip(f"{filesystem_of(sandboxes)} knows no such wish, and says so quietly")
+    if shutil.which("lsattr") is None:
+        pytest.skip("there is no lsattr here to look at the folder's flags")
+    listed = subprocess.run(["lsattr", "-d", sandboxes], capture_output=True, text=True, check=True)
+    assert "T" in listed.stdout.split()[0]

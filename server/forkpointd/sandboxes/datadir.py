@@ -19,6 +19,7 @@ import fcntl
 import os
 import re
 import secrets
+import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ from forkpointd.model import StagingKind
 STAGING_LINKS = {StagingKind.TMPFS: "t", StagingKind.DISK: "d"}
 """Names, in a sandbox's folder, of the links to the staging folders."""
 
+
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+_FS_TOPDIR_FL = 0x0002_0000
+"""include/uapi/linux/fs.h; ioctl_iflags(2)."""
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
 
@@ -115,6 +120,7 @@ def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
         raise DataDirLocked(
             f"another forkpointd works in {root}: stop it, or choose another --data-dir"
         ) from error
+    spread(root / "sandboxes")
     try:
         identity = _identity(root)
         tmpfs_staging = staging_dir / f"forkpoint-{identity}"
@@ -132,6 +138,25 @@ def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
         os.close(lock_fd)
         raise
     return DataDir(root, identity, tmpfs_staging, lock_fd)
+
+
+def spread(folder: Path) -> bool:
+    """Asks the file system to put this folder's new sub-folders, and the files in each, far from
+    one another (`chattr +T`); False where it knows no such wish, as only ext2 to ext4 do.
+
+    An ext4 without a journal looks at every inode near by that was deleted in the last half minute
+    before it takes one (fs/ext4/ialloc.c, `recently_deleted`): with the sandboxes side by side
+    that was a quarter of the server's work in a fork after a delete.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        (flags,) = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, struct.pack("i", 0)))
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_TOPDIR_FL))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _not_a_file(error: OSError) -> DataDirError:

@@ -28,9 +28,11 @@ REGION_MIB = 32
 
 
 @pytest.fixture
-async def house(binary: Binary, witness_kernel: Path, tmp_path: Path) -> AsyncIterator[House]:
-    """A server that serves."""
-    made = House(tmp_path, binary, witness_kernel)
+async def house(
+    request: pytest.FixtureRequest, binary: Binary, witness_kernel: Path, tmp_path: Path
+) -> AsyncIterator[House]:
+    """A server that serves, with the settings that a test's parameters name."""
+    made = House(tmp_path, binary, witness_kernel, **getattr(request, "param", {}))
     try:
         await made.start()
         yield made
@@ -99,6 +101,35 @@ async def test_diffs_in_a_row_hold_what_a_full_holds_page_by_page(house: House) 
     after = await house.ready("src", mode=DIFF)
     child = await house.child(after.snapshot_id)
     assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
+
+
+ON_TMPFS = {"staging_bytes": 4 * MEMORY_MIB << 20}
+ON_DISK = {"staging_bytes": 0}
+
+
+@pytest.mark.parametrize("house", [ON_TMPFS, ON_DISK], indirect=True, ids=["tmpfs", "disk"])
+async def test_a_full_image_has_every_page_and_takes_room_for_those_that_were_touched(
+    house: House,
+) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    generation = await source.dirty(REGION_MIB)
+    full = await house.ready("src", mode=FULL, snapshot_id="full")
+    on_disk = house.settings == ON_DISK
+    assert full.pause_window.staging == (
+        branch_pb2.STAGING_KIND_DISK if on_disk else branch_pb2.STAGING_KIND_TMPFS
+    )
+    assert full.pause_window.dirty_bytes == MEMORY_MIB << 20
+    assert REGION_MIB << 20 <= full.snapshot.disk_bytes < (REGION_MIB + 4) << 20
+    child = await house.child("full")
+    assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)
+
+    # Zeros over what was data: a diff has them, and so has its image.
+    await source.ask(f"z0,{REGION_MIB * 128}")
+    await house.ready("src", mode=DIFF, snapshot_id="diff")
+    again = await house.ready("src", mode=FULL, snapshot_id="again")
+    pages = same_pages(house.memory_file("diff"), house.memory_file("again"))
+    assert pages == MEMORY_MIB * 256
+    assert again.snapshot.disk_bytes < full.snapshot.disk_bytes
 
 
 def same_pages(one: Path, other: Path) -> int:

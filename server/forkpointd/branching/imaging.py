@@ -22,11 +22,13 @@ from forkpointd.images import (
     Draft,
     Reservation,
     SnapshotStore,
+    copy_full,
     copy_image,
     copy_whole,
     load_extents,
     make_empty_image,
     merge_diff,
+    punch_zeros,
     total_bytes,
 )
 from forkpointd.model import DirtyBase, StagingKind
@@ -51,6 +53,10 @@ class Meter:
         self.done_bytes += count
         if self.reservation is not None:
             self.reservation.consume(count)
+
+    def pass_over(self, count: int) -> None:
+        """Counts bytes that took up no room."""
+        self.done_bytes += count
 
 
 class CopyWorkers:
@@ -164,22 +170,31 @@ def merge_staged_diff(
 def place_staged_full(
     staged: Staged, draft: Draft, meter: Meter, should_stop: Callable[[], bool]
 ) -> None:
-    """Brings a FULL window's file to its place. Staged on the same disk it is hard-linked: the
-    staged name stays until the snapshot is READY, so a failure in between loses nothing."""
+    """Brings a FULL window's file to its place, without its zeros. Staged on the same disk it is
+    hard-linked: the staged name stays until the snapshot is READY, so a failure in between loses
+    nothing."""
     meter.total_bytes = staged.memory_path.stat().st_size
     _copy_vmstate(staged, draft, should_stop)
     if staged.kind is StagingKind.DISK:
+        punch_zeros(
+            staged.memory_path,
+            progress=meter.pass_over,
+            should_stop=should_stop,
+            gate=_no_gate,
+        )
         draft.memory_path.unlink(missing_ok=True)
         os.link(staged.memory_path, draft.memory_path)
-        meter.add(meter.total_bytes)
-        return
-    copy_whole(
-        staged.memory_path,
-        draft.memory_path,
-        progress=meter.add,
-        should_stop=should_stop,
-        gate=_no_gate,
-    )
+        if meter.reservation is not None:
+            meter.reservation.consume(meter.total_bytes)
+    else:
+        copy_full(
+            staged.memory_path,
+            draft.memory_path,
+            progress=meter.add,
+            left_out=meter.pass_over,
+            should_stop=should_stop,
+            gate=_no_gate,
+        )
     meter.done_bytes = meter.total_bytes
 
 

@@ -51,6 +51,7 @@ from forkpointd.images.staging import (
     probe_staging,
 )
 from forkpointd.images.store import Draft, SnapshotStore, StoredSnapshot, data_bytes_of
+from forkpointd.images.zeros import copy_full, punch_zeros
 
 __all__ = [
     "CopyResult",
@@ -79,6 +80,7 @@ __all__ = [
     "can_reflink",
     "check_fits",
     "choose_staging",
+    "copy_full",
     "copy_image",
     "copy_whole",
     "data_bytes_of",
@@ -90,6 +92,7 @@ __all__ = [
     "make_empty_image",
     "merge_diff",
     "probe_staging",
+    "punch_zeros",
     "read_host_facts",
     "save_extents",
     "total_bytes",

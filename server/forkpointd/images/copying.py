@@ -2,7 +2,7 @@
 
 All of them work in chunks. Before each chunk `gate()` is called, a place where a copy can be made
 to hold still, then `should_stop()`; after it `progress(bytes)` with what has just landed in the
-target. They never map a file and never look at what the bytes are.
+target. They never map a file and never look at what the bytes are (`zeros` does, of FULL ones).
 
 A diff is laid by the extents that were stored for it (`extents.load_extents`), whatever SEEK_DATA
 says by then; a base image is read by SEEK_DATA, since a hole of an image is zeros.
@@ -96,7 +96,7 @@ def copy_whole(
     chunk_bytes: int = CHUNK_BYTES,
     on_total: Progress | None = None,
 ) -> CopyResult:
-    """Makes `image_path` equal to a whole file (a FULL memory file, a vmstate), holes as holes.
+    """Makes `image_path` equal to a whole file (a vmstate, say), holes as holes.
 
     A file that was there under that name is unlinked first, never written into: it may have
     another name. Raises Stopped, ImageError, OSError with the path; then there is no `image_path`.

@@ -124,7 +124,7 @@ def move(source: OpenFile, target: OpenFile, extents: Extents, steps: Steps) -> 
     moved = 0
     by_kernel = True
     buffer: memoryview | None = None
-    for chunk, count in _chunks(extents, steps.chunk_bytes):
+    for chunk, count in chunks(extents, steps.chunk_bytes):
         steps.before_chunk()
         if by_kernel:
             by_kernel = _copy_by_kernel(source, target, chunk)
@@ -132,13 +132,13 @@ def move(source: OpenFile, target: OpenFile, extents: Extents, steps: Steps) -> 
             if buffer is None:
                 buffer = memoryview(mmap.mmap(-1, steps.chunk_bytes))  # page-aligned
             _copy_by_buffer(source, target, chunk, buffer)
-        _start_writeback(target, chunk)
+        start_writeback(target, chunk)
         moved += count
         steps.progress(count)
     return moved
 
 
-def _chunks(extents: Extents, chunk_bytes: int) -> Iterator[tuple[list[Piece], int]]:
+def chunks(extents: Extents, chunk_bytes: int) -> Iterator[tuple[list[Piece], int]]:
     """Cuts extents into chunks of at most `chunk_bytes` and CHUNK_EXTENTS, with their bytes."""
     for first in range(0, len(extents), CHUNK_EXTENTS):
         several = extents[first : first + CHUNK_EXTENTS]
@@ -192,27 +192,37 @@ def _copy_by_buffer(
 ) -> None:
     """Reads and writes each extent. Reading near ones together, with the holes between them, was
     tried: tmpfs takes longer to make up a page of a hole than a call of its own takes."""
-    read, from_fd, write, to_fd = syscalls.preadv, source.fd, syscalls.pwrite, target.fd
     for offset, length in chunk:
         span = buffer[:length]
-        done = 0
-        while done < length:
-            try:
-                count = read(from_fd, [span[done:] if done else span], offset + done)
-            except OSError as error:
-                raise source.named(error) from error
-            if not count:
-                raise _ended_early(source, offset + done)
-            done += count
-        done = 0
-        while done < length:
-            try:
-                done += write(to_fd, span[done:] if done else span, offset + done)
-            except OSError as error:
-                raise target.named(error) from error
+        read_all(source, span, offset)
+        write_all(target, span, offset)
 
 
-def _start_writeback(target: OpenFile, chunk: list[Piece]) -> None:
+def read_all(source: OpenFile, span: memoryview, offset: int) -> None:
+    """Fills `span` from `offset` on. Raises ImageError (it ends there), OSError with its path."""
+    done = 0
+    while done < len(span):
+        try:
+            count = syscalls.preadv(source.fd, [span[done:] if done else span], offset + done)
+        except OSError as error:
+            raise source.named(error) from error
+        if not count:
+            raise _ended_early(source, offset + done)
+        done += count
+
+
+def write_all(target: OpenFile, span: memoryview, offset: int) -> None:
+    """Writes `span` at `offset`. Raises OSError with the target's path."""
+    done = 0
+    while done < len(span):
+        try:
+            done += syscalls.pwrite(target.fd, span[done:] if done else span, offset + done)
+        except OSError as error:
+            raise target.named(error) from error
+
+
+def start_writeback(target: OpenFile, chunk: list[Piece]) -> None:
+    """Lets the disk begin with the long runs of a chunk. Raises OSError with the path."""
     try:
         for offset, length in chunk:
             if length >= WRITEBACK_RUN_BYTES:

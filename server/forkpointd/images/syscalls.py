@@ -27,6 +27,7 @@ _FICLONE = 0x40049409
 """_IOW(0x94, 9, int): include/uapi/linux/fs.h."""
 
 _FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
 _SYNC_FILE_RANGE_WRITE = 2
 
 _FILESYSTEM_NAMES = {
@@ -46,6 +47,7 @@ _FILESYSTEM_NAMES = {
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 
@@ -64,6 +66,20 @@ def fallocate(fd: int, offset_bytes: int, length_bytes: int) -> None:
     if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Gives a range of a file back to the disk: it reads as zeros from now on. Raises OSError
+    EOPNOTSUPP where the file system can't."""
+    flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    if _libc.fallocate(fd, flags, offset_bytes, length_bytes) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def same_bytes(one_address: int, other_address: int, length_bytes: int) -> bool:
+    """Whether two ranges of this process's memory are equal. Other threads run meanwhile."""
+    return bool(_libc.memcmp(one_address, other_address, length_bytes) == 0)
 
 
 def start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:

@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     """Budget of staging on tmpfs; None: what the tmpfs and MemAvailable allow."""
     concurrent_copies: int = Field(default=2, ge=1, le=64)
     """Pre-copies and merges at once in the whole server."""
+    precopy_bytes_per_second: int | None = Field(default=None, ge=1024 * 1024)
+    """The most that all pre-copies and merges together move in a second; None: no limit."""
     max_queued_branches: int = Field(default=16, ge=0, le=1000)
     """Branches that may wait on one source."""
     max_fork_count: int = Field(default=1000, ge=1, le=10_000)

@@ -24,6 +24,7 @@ from forkpointd.branching.admission import Admission
 from forkpointd.branching.imaging import CopyWorkers
 from forkpointd.branching.opening import Windows
 from forkpointd.branching.prediction import PausePredictor
+from forkpointd.branching.quiet import Bandwidth, Quiet
 from forkpointd.branching.service import Branches
 from forkpointd.branching.workshop import Workshop
 from forkpointd.config import Settings
@@ -172,6 +173,11 @@ class Daemon:
         forks = Forks(sandboxes, concurrent_starts=settings.concurrent_starts)
         stack.push_async_callback(forks.close)
         predictor = PausePredictor()
+        quiet, bandwidth = Quiet(), Bandwidth(settings.precopy_bytes_per_second)
+
+        def copy_workers(executor: Executor) -> CopyWorkers:
+            return CopyWorkers(executor, settings.concurrent_copies, quiet, bandwidth)
+
         branches = Branches(
             Workshop(
                 registry=registry,
@@ -186,8 +192,9 @@ class Daemon:
                 ),
                 predictor=predictor,
                 windows=Windows(areas, threads.files),
-                precopies=CopyWorkers(threads.precopies, settings.concurrent_copies),
-                merges=CopyWorkers(threads.merges, settings.concurrent_copies),
+                quiet=quiet,
+                precopies=copy_workers(threads.precopies),
+                merges=copy_workers(threads.merges),
                 files=threads.files,
                 host=host,
                 tasks=Tasks("branches"),

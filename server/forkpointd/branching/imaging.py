@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from forkpointd.branching.quiet import Bandwidth, Pace, Quiet
 from forkpointd.images import (
     CopyResult,
     Draft,
@@ -62,9 +63,13 @@ class Meter:
 class CopyWorkers:
     """Threads for copies: so many at once, the others wait in order."""
 
-    def __init__(self, executor: Executor, at_once: int) -> None:
+    def __init__(
+        self, executor: Executor, at_once: int, quiet: Quiet, bandwidth: Bandwidth
+    ) -> None:
         self._executor = executor
         self._slots = asyncio.Semaphore(at_once)
+        self._quiet = quiet
+        self._bandwidth = bandwidth
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -72,10 +77,11 @@ class CopyWorkers:
         async with self._slots:
             yield
 
-    async def run(self, work: Callable[[Callable[[], bool]], T]) -> T:
-        """Runs `work(should_stop)` in a thread. Cancelling tells it to stop, and waits for it."""
+    async def run(self, work: Callable[[Pace], T]) -> T:
+        """Runs `work(pace)` in a thread. Cancelling tells it to stop, and waits for it."""
         stop = threading.Event()
-        future = asyncio.get_running_loop().run_in_executor(self._executor, work, stop.is_set)
+        pace = Pace(stop.is_set, self._quiet, self._bandwidth)
+        future = asyncio.get_running_loop().run_in_executor(self._executor, work, pace)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -84,17 +90,13 @@ class CopyWorkers:
             raise
 
 
-def _no_gate() -> None:
-    """Copies hold still for nobody yet."""
-
-
 def make_base_image(
     store: SnapshotStore,
     base: DirtyBase,
     memory_bytes: int,
     image_path: Path,
     meter: Meter,
-    should_stop: Callable[[], bool],
+    pace: Pace,
 ) -> CopyResult | None:
     """Writes the memory that `base` stands for to `image_path`: its snapshot's image, or zeros,
     with its unmerged diffs laid over it in order. Returns how the image was copied (None: zeros).
@@ -114,9 +116,9 @@ def make_base_image(
             source,
             image_path,
             memory_bytes,
-            progress=meter.add,
-            should_stop=should_stop,
-            gate=_no_gate,
+            progress=pace.paying(meter.add),
+            should_stop=pace.should_stop,
+            gate=pace.gate,
             on_total=sized,
         )
     for diff, loaded in diffs:
@@ -124,9 +126,9 @@ def make_base_image(
             diff.memory_path,
             loaded.extents,
             image_path,
-            progress=meter.add,
-            should_stop=should_stop,
-            gate=_no_gate,
+            progress=pace.paying(meter.add),
+            should_stop=pace.should_stop,
+            gate=pace.gate,
         )
     return result
 
@@ -150,37 +152,33 @@ class Staged:
         self.vmstate_path.unlink(missing_ok=True)
 
 
-def merge_staged_diff(
-    staged: Staged, draft: Draft, meter: Meter, should_stop: Callable[[], bool]
-) -> None:
+def merge_staged_diff(staged: Staged, draft: Draft, meter: Meter, pace: Pace) -> None:
     """Lays the window's diff over the pre-copied image; copies the vmstate beside it."""
     loaded = load_extents(staged.extents_path)
     meter.total_bytes = total_bytes(loaded.extents)
-    _copy_vmstate(staged, draft, should_stop)
+    _copy_vmstate(staged, draft, pace)
     merge_diff(
         staged.memory_path,
         loaded.extents,
         draft.memory_path,
-        progress=meter.add,
-        should_stop=should_stop,
-        gate=_no_gate,
+        progress=pace.paying(meter.add),
+        should_stop=pace.should_stop,
+        gate=pace.gate,
     )
 
 
-def place_staged_full(
-    staged: Staged, draft: Draft, meter: Meter, should_stop: Callable[[], bool]
-) -> None:
+def place_staged_full(staged: Staged, draft: Draft, meter: Meter, pace: Pace) -> None:
     """Brings a FULL window's file to its place, without its zeros. Staged on the same disk it is
     hard-linked: the staged name stays until the snapshot is READY, so a failure in between loses
     nothing."""
     meter.total_bytes = staged.memory_path.stat().st_size
-    _copy_vmstate(staged, draft, should_stop)
+    _copy_vmstate(staged, draft, pace)
     if staged.kind is StagingKind.DISK:
         punch_zeros(
             staged.memory_path,
             progress=meter.pass_over,
-            should_stop=should_stop,
-            gate=_no_gate,
+            should_stop=pace.should_stop,
+            gate=pace.gate,
         )
         draft.memory_path.unlink(missing_ok=True)
         os.link(staged.memory_path, draft.memory_path)
@@ -190,20 +188,20 @@ def place_staged_full(
         copy_full(
             staged.memory_path,
             draft.memory_path,
-            progress=meter.add,
+            progress=pace.paying(meter.add),
             left_out=meter.pass_over,
-            should_stop=should_stop,
-            gate=_no_gate,
+            should_stop=pace.should_stop,
+            gate=pace.gate,
         )
     meter.done_bytes = meter.total_bytes
 
 
-def _copy_vmstate(staged: Staged, draft: Draft, should_stop: Callable[[], bool]) -> None:
+def _copy_vmstate(staged: Staged, draft: Draft, pace: Pace) -> None:
     draft.vmstate_path.unlink(missing_ok=True)
     copy_whole(
         staged.vmstate_path,
         draft.vmstate_path,
         progress=lambda _: None,
-        should_stop=should_stop,
-        gate=_no_gate,
+        should_stop=pace.should_stop,
+        gate=pace.gate,
     )

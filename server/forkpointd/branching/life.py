@@ -288,8 +288,8 @@ class BranchLife:
             async with record.reporting(note):
                 try:
                     result = await shop.precopies.run(
-                        lambda should_stop: make_base_image(
-                            shop.store, base, memory_bytes, draft.memory_path, meter, should_stop
+                        lambda pace: make_base_image(
+                            shop.store, base, memory_bytes, draft.memory_path, meter, pace
                         )
                     )
                 except ImageError as error:
@@ -310,7 +310,7 @@ class BranchLife:
             async with record.reporting(
                 lambda: record.note_merge(meter.done_bytes, meter.total_bytes)
             ):
-                await shop.merges.run(lambda should_stop: place(staged, draft, meter, should_stop))
+                await shop.merges.run(lambda pace: place(staged, draft, meter, pace))
 
     async def _finalise(self) -> None:
         """Makes the snapshot durable, then READY: row, dirty base and stage in one commit."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 
 from forkpointd.branching.imaging import Staged
@@ -68,18 +68,19 @@ class Source:
         the staging files are gone. The source runs, or stays paused by its owner.
         """
         async with self.live.turn:
-            try:
-                prepared = await self._make_pending(staged)
-            except BaseException:
-                await asyncio.shield(self._shop.windows.remove(staged))
-                raise
-            running = asyncio.ensure_future(prepared.vmm.run_window(prepared.window))
-            predicted_us = self._record.branch.predicted_pause_us or 0
-            deadline = max(self._shop.window_deadline_seconds, 10 * predicted_us / 1e6)
-            done, _ = await asyncio.wait({running}, timeout=deadline)
-            if not done:
-                await self._give_up_waiting(prepared, running, held, deadline)
-            outcome = running.result()
+            with ExitStack() as quiet:
+                try:
+                    prepared = await self._make_pending(staged, quiet)
+                except BaseException:
+                    await asyncio.shield(self._shop.windows.remove(staged))
+                    raise
+                running = asyncio.ensure_future(prepared.vmm.run_window(prepared.window))
+                predicted_us = self._record.branch.predicted_pause_us or 0
+                deadline = max(self._shop.window_deadline_seconds, 10 * predicted_us / 1e6)
+                done, _ = await asyncio.wait({running}, timeout=deadline)
+                if not done:
+                    await self._give_up_waiting(prepared, running, held, deadline)
+                outcome = running.result()
             failure = await self._settle_base(prepared, outcome)
             window = await self._shop.windows.describe(prepared, outcome, self.dirty_bytes)
         await self._settle_resume(outcome)
@@ -88,8 +89,9 @@ class Source:
             raise failure
         return window
 
-    async def _make_pending(self, staged: Staged) -> Prepared:
-        """The last step before the window: all is built, then the base is PENDING, durably."""
+    async def _make_pending(self, staged: Staged, quiet: ExitStack) -> Prepared:
+        """The last step before the window: all is built, copies begin to hold still (until `quiet`
+        is closed), then the base is PENDING, durably."""
         live, branch = self.live, self._record.branch
         assert branch.mode is not None
         vmm = live.require_callable()
@@ -98,6 +100,7 @@ class Source:
             live, self._shop.windows.prepare(vmm, branch.mode, staged, was_paused=was_paused)
         )
         try:
+            quiet.enter_context(self._shop.quiet.window())
             await self._record.save()
             await live.edit(
                 lambda row: replace(row, dirty_base=row.dirty_base.pending(branch.branch_id))

@@ -75,13 +75,13 @@ async def _make_hidden_image(
     try:
         async with shop.merges.slot():
             await shop.merges.run(
-                lambda should_stop: make_base_image(
+                lambda pace: make_base_image(
                     shop.store,
                     base,
                     row.machine.memory_bytes,
                     draft.memory_path,
                     Meter(reservation),
-                    should_stop,
+                    pace,
                 )
             )
         await shop.run(lambda: draft.vmstate_path.write_bytes(NO_VMSTATE))

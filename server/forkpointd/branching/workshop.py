@@ -12,6 +12,7 @@ from forkpointd.branching.admission import Admission
 from forkpointd.branching.imaging import CopyWorkers
 from forkpointd.branching.opening import Windows
 from forkpointd.branching.prediction import PausePredictor
+from forkpointd.branching.quiet import Quiet
 from forkpointd.images import HostFacts, SnapshotStore
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.forks import Forks
@@ -32,6 +33,7 @@ class Workshop:
     admission: Admission
     predictor: PausePredictor
     windows: Windows
+    quiet: Quiet
     precopies: CopyWorkers
     merges: CopyWorkers
     files: Executor

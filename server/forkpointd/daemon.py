@@ -38,6 +38,7 @@ from forkpointd.host import (
     raise_file_limit,
 )
 from forkpointd.images import (
+    Budget,
     Room,
     SnapshotStore,
     StagingArea,
@@ -195,6 +196,8 @@ class Daemon:
                 quiet=quiet,
                 precopies=copy_workers(threads.precopies),
                 merges=copy_workers(threads.merges),
+                allocations=copy_workers(threads.files),
+                ahead_budget=Budget(settings.preallocate_bytes),
                 files=threads.files,
                 host=host,
                 tasks=Tasks("branches"),

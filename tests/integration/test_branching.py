@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 
 from forkpoint.v1 import branch_pb2, fork_pb2, sandbox_pb2, sandbox_service_pb2
+from forkpointd.model import MIB
 from forkpointd.vmm import Binary
 from tests.integration.serving import (
     DIFF,
@@ -130,6 +131,32 @@ async def test_a_full_image_has_every_page_and_takes_room_for_those_that_were_to
     pages = same_pages(house.memory_file("diff"), house.memory_file("again"))
     assert pages == MEMORY_MIB * 256
     assert again.snapshot.disk_bytes < full.snapshot.disk_bytes
+
+
+@pytest.mark.parametrize(
+    "house", [{}, {"preallocate_bytes": 0}, {"preallocate_bytes": 4 << 20}], indirect=True
+)
+async def test_pages_allocated_ahead_are_never_taken_for_pages_that_were_written(
+    house: House,
+) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    await source.dirty(REGION_MIB)
+    await house.ready("src")
+    # Next to nothing is written where 32 MiB are allocated now, then a part, then zeros.
+    few = await house.ready("src", mode=DIFF)
+    assert few.pause_window.dirty_bytes < MIB
+    assert few.pause_window.staging == branch_pb2.STAGING_KIND_TMPFS
+    await source.dirty(REGION_MIB)
+    await house.ready("src", mode=DIFF)
+    await source.ask(f"z100,{2 * MIB // 4096}")
+    part = await house.ready("src", mode=DIFF, snapshot_id="part")
+    assert 2 * MIB <= part.pause_window.dirty_bytes < 3 * MIB
+    await house.ready("src", mode=FULL, snapshot_id="full")
+    pages = same_pages(house.memory_file("part"), house.memory_file("full"))
+    assert pages == MEMORY_MIB * 256
+    child = await house.child("part")
+    assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
+    assert house.half_made() == []
 
 
 def same_pages(one: Path, other: Path) -> int:

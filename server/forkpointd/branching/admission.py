@@ -16,6 +16,7 @@ from forkpointd.model import (
     Sandbox,
     StagingKind,
 )
+from forkpointd.sandboxes.live import LastDiff
 
 ROOM_RETRY_SECONDS = 30.0
 
@@ -39,10 +40,12 @@ class Holding:
     image: Reservation | None
     staged: Reservation | None
     """None after a restart: the bytes are on the disks already."""
+    ahead: Reservation | None = None
+    """Of the budget for what is allocated before the window."""
 
     def release(self) -> None:
         """Gives the room back. Idempotent."""
-        for reservation in (self.image, self.staged):
+        for reservation in (self.image, self.staged, self.ahead):
             if reservation is not None:
                 reservation.release()
 
@@ -126,27 +129,38 @@ class Admission:
         return plan
 
 
-def expected_diff_bytes(row: Sandbox, smaps_rollup: Callable[[int], int]) -> int:
-    """What the next window of a source will write, as far as one can tell: what its last one did;
-    before the first, all that its process has touched (an upper bound)."""
-    if row.last_diff_bytes is not None:
-        return row.last_diff_bytes
+def expected_diff_bytes(
+    row: Sandbox, last: LastDiff | None, resident_bytes: Callable[[int], int]
+) -> int:
+    """What the next window of a source will write, as far as one can tell from outside.
+
+    Before the first: all that its process holds (an upper bound). Later: what the last one wrote,
+    but no less than the process has grown by since, for that was all written. What was written over
+    and over, nobody sees.
+    """
+    memory_bytes = row.machine.memory_bytes
     if row.process is None:
-        return row.machine.memory_bytes
-    return min(row.machine.memory_bytes, smaps_rollup(row.process.pid))
+        return memory_bytes if row.last_diff_bytes is None else row.last_diff_bytes
+    resident = resident_bytes(row.process.pid)
+    if row.last_diff_bytes is None:
+        return min(memory_bytes, resident)
+    grown = 0 if last is None else resident - last.resident_bytes
+    return min(memory_bytes, max(row.last_diff_bytes, grown))
 
 
-def private_bytes(pid: int) -> int:
-    """Private dirty memory of a process, by /proc/PID/smaps_rollup. Walks its page tables: not on
-    the event loop. A process that is gone has none."""
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is its own: anonymous and shared pages (proc_pid_status(5)), which a
+    guest's are. Kept as counters by the kernel, unlike smaps_rollup, which walks all page tables
+    and keeps the guest from having new pages meanwhile. 0 for a process that is gone."""
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
-    for line in text.splitlines():
-        if line.startswith("Private_Dirty:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return 1024 * sum(
+        int(line.split()[1])
+        for line in text.splitlines()
+        if line.startswith(("RssAnon:", "RssShmem:"))
+    )
 
 
 def no_room(reason: Reason, error: NoRoom) -> ForkpointError:

@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from forkpointd.branching.admission import Holding, expected_diff_bytes, private_bytes
+from forkpointd.branching.admission import Holding, expected_diff_bytes, resident_bytes
 from forkpointd.branching.imaging import (
     Meter,
     Staged,
@@ -29,7 +29,16 @@ from forkpointd.branching.imaging import (
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.source import Source, write_failed
 from forkpointd.branching.workshop import Workshop
-from forkpointd.images import Draft, ImageError, Manifest, data_bytes_of
+from forkpointd.images import (
+    Draft,
+    Extent,
+    Extents,
+    ImageError,
+    Manifest,
+    data_bytes_of,
+    first_of,
+    total_bytes,
+)
 from forkpointd.model import (
     Branch,
     BranchMode,
@@ -42,6 +51,7 @@ from forkpointd.model import (
     PauseWindow,
     Reason,
     Snapshot,
+    StagingKind,
     now,
 )
 from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
@@ -75,6 +85,7 @@ class BranchLife:
         self._until_window: asyncio.Task[Staged] | None = None
         self._stopped_by: ForkpointError | None = None
         self._draft: Draft | None = None
+        self._ahead_bytes = 0
 
     @property
     def branch(self) -> Branch:
@@ -205,7 +216,7 @@ class BranchLife:
         self._shop.predictor.observe(mode, window)
         self.record.note_window(window)
         if self._holding.staged is not None:
-            self._holding.staged.consume(window.dirty_bytes)
+            self._holding.staged.consume(max(0, window.dirty_bytes - self._ahead_bytes))
         try:
             await self.record.enter(BranchStage.PAUSED, BranchStage.RESUMED)
         except Exception as error:  # noqa: BLE001 - whatever it was, the pages are kept
@@ -247,7 +258,7 @@ class BranchLife:
         live.require_callable()
         row = live.row
         await shop.run(lambda: check_drives_are_there(row.machine))
-        expected = await shop.run(lambda: expected_diff_bytes(row, private_bytes))
+        expected = await shop.run(lambda: expected_diff_bytes(row, live.last_diff, resident_bytes))
         plan = shop.admission.decide(
             row,
             self.branch.requested_mode,
@@ -273,7 +284,13 @@ class BranchLife:
         self._draft = await shop.run(lambda: shop.store.draft(self.branch.branch_id))
         if plan.mode is BranchMode.DIFF:
             await self._precopy(base, self._draft)
-        return await shop.windows.stage(self._holding.staging, serial, row.machine.memory_bytes)
+        staged = await shop.windows.stage(self._holding.staging, serial, self._source.memory_bytes)
+        try:
+            await self._allocate_ahead(serial)
+        except BaseException:
+            await asyncio.shield(shop.windows.remove(staged))
+            raise
+        return staged
 
     async def _precopy(self, base: DirtyBase, draft: Draft) -> None:
         shop, record, meter = self._shop, self.record, Meter(self._holding.image)
@@ -296,6 +313,29 @@ class BranchLife:
                     raise await self._source.lose_base(error) from error
         copied, method = (0, None) if result is None else (result.copied_bytes, result.method)
         record.note_precopy(meter.done_bytes, meter.total_bytes, memory_bytes - copied, method)
+
+    async def _allocate_ahead(self, serial: int) -> None:
+        """Gives the staged memory file room where the window is likely to write: a fresh page of
+        tmpfs costs more than the copy into it. A FULL window writes everything."""
+        shop, holding = self._shop, self._holding
+        if not shop.ahead_budget.limit_bytes:
+            return
+        if holding.mode is BranchMode.FULL:
+            extents = Extents.of((Extent(0, self._source.memory_bytes),))
+        elif holding.staging is StagingKind.TMPFS and self._source.live.last_diff is not None:
+            likely = self._source.live.last_diff.extents
+            holding.ahead = shop.ahead_budget.take_up_to(total_bytes(likely), "pages ahead")
+            extents = first_of(likely, holding.ahead.reserved_bytes, len(likely))
+        else:
+            return
+        room = holding.staged if holding.staging is StagingKind.TMPFS else holding.image
+        meter = Meter(room)
+        async with shop.allocations.slot():
+            self._ahead_bytes = await shop.allocations.run(
+                lambda pace: shop.windows.allocate_ahead(
+                    holding.staging, serial, extents, meter.add, pace
+                )
+            )
 
     # --- after the window ---
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from forkpointd.branching.imaging import Staged
+from forkpointd.branching.quiet import Pace
 from forkpointd.images import (
     Extent,
+    Extents,
     ImageError,
     StagingArea,
     find_extents_of,
     save_extents,
-    total_bytes,
 )
 from forkpointd.model import (
     BranchMode,
@@ -73,6 +74,19 @@ class Windows:
             raise
         return staged
 
+    def allocate_ahead(
+        self,
+        kind: StagingKind,
+        serial: int,
+        extents: Sequence[Extent],
+        progress: Callable[[int], None],
+        pace: Pace,
+    ) -> int:
+        """Gives parts of a staged memory file their room before its window. Blocks."""
+        return self._areas[kind].allocate(
+            serial, extents, progress=progress, should_stop=pace.should_stop, gate=pace.gate
+        )
+
     async def prepare(
         self, vmm: Vmm, mode: BranchMode, staged: Staged, *, was_paused: bool
     ) -> Prepared:
@@ -86,9 +100,9 @@ class Windows:
         )
         return Prepared(window, staged, vmm, was_paused)
 
-    async def read_extents(self, staged: Staged, mode: BranchMode, memory_bytes: int) -> int:
+    async def read_extents(self, staged: Staged, mode: BranchMode, memory_bytes: int) -> Extents:
         """Reads the extents of what the window wrote, once, and stores them beside it; from then
-        on they are the only truth (DESIGN 4.5). Returns their bytes."""
+        on they are the only truth (DESIGN 4.5)."""
         return await self._run(lambda: _store_extents(staged, mode, memory_bytes))
 
     async def describe(
@@ -123,13 +137,13 @@ class Windows:
         return await asyncio.get_running_loop().run_in_executor(self._files, work)
 
 
-def _store_extents(staged: Staged, mode: BranchMode, memory_bytes: int) -> int:
+def _store_extents(staged: Staged, mode: BranchMode, memory_bytes: int) -> Extents:
     if mode is BranchMode.FULL:
-        extents: Sequence[Extent] = (Extent(0, memory_bytes),)
+        extents = Extents.of((Extent(0, memory_bytes),))
     else:
         extents = find_extents_of(staged.memory_path, memory_bytes)
     save_extents(staged.extents_path, extents, memory_bytes, sync=staged.kind is StagingKind.DISK)
-    return total_bytes(extents)
+    return extents
 
 
 def window_failure(sandbox_id: str, outcome: WindowOutcome) -> ForkpointError:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from forkpointd.branching.admission import Holding, expected_diff_bytes, private_bytes
+from forkpointd.branching.admission import Holding, expected_diff_bytes, resident_bytes
 from forkpointd.branching.life import BranchLife
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.recovery import Recovered, examine
@@ -143,7 +143,9 @@ class Branches:
         holding = await self._shop.run(lambda: self._shop.admission.reserve(row, mode))
         try:
             if not waiting:
-                expected = await self._shop.run(lambda: expected_diff_bytes(row, private_bytes))
+                expected = await self._shop.run(
+                    lambda: expected_diff_bytes(row, live.last_diff, resident_bytes)
+                )
                 self._shop.admission.decide(
                     live.row, order.mode, order.max_pause_us, holding.staging, expected
                 )

@@ -16,11 +16,12 @@ import logging
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 
+from forkpointd.branching.admission import resident_bytes
 from forkpointd.branching.imaging import Staged
 from forkpointd.branching.opening import Prepared, window_failure
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.workshop import Workshop
-from forkpointd.images import ImageError
+from forkpointd.images import Extents, ImageError, first_of, total_bytes
 from forkpointd.model import (
     Branch,
     BranchMode,
@@ -32,10 +33,13 @@ from forkpointd.model import (
     SandboxState,
     UnmergedDiff,
 )
-from forkpointd.sandboxes.live import LiveSandbox, RowDraft
+from forkpointd.sandboxes.live import LastDiff, LiveSandbox, RowDraft
 from forkpointd.vmm import WindowOutcome
 
 log = logging.getLogger(__name__)
+
+REMEMBERED_EXTENTS = 16_384
+"""At most so many are kept of a window, and given room before the next: each is a system call."""
 
 
 class Source:
@@ -129,13 +133,16 @@ class Source:
         assert base is not None and branch.mode is not None
         if outcome.created:
             try:
-                self.dirty_bytes = await self._shop.windows.read_extents(
+                extents = await self._shop.windows.read_extents(
                     prepared.staged, branch.mode, self.memory_bytes
                 )
             except (OSError, ImageError) as error:
                 why = f"the extents of branch {branch.branch_id} could not be stored"
                 await self._set_base(DirtyBase.invalid(why))
                 return write_failed("right after its pause window", error)
+            self.dirty_bytes = total_bytes(extents)
+            if branch.mode is BranchMode.DIFF:
+                await self._remember(extents, prepared.vmm.record.pid)
             return None
         failure = window_failure(self.live.sandbox_id, outcome)
         if outcome.memory_write_failed:
@@ -143,6 +150,12 @@ class Source:
         else:
             await self._set_base(DirtyBase.invalid(str(failure)))
         return failure
+
+    async def _remember(self, extents: Extents, pid: int) -> None:
+        """What the next window is expected to find."""
+        resident = await self._shop.run(lambda: resident_bytes(pid))
+        kept = first_of(extents, self.memory_bytes, REMEMBERED_EXTENTS)
+        self.live.last_diff = LastDiff(kept, resident)
 
     # --- a window that is late ---
 

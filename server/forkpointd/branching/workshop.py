@@ -13,7 +13,7 @@ from forkpointd.branching.imaging import CopyWorkers
 from forkpointd.branching.opening import Windows
 from forkpointd.branching.prediction import PausePredictor
 from forkpointd.branching.quiet import Quiet
-from forkpointd.images import HostFacts, SnapshotStore
+from forkpointd.images import Budget, HostFacts, SnapshotStore
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.forks import Forks
 from forkpointd.sandboxes.service import Sandboxes
@@ -36,6 +36,8 @@ class Workshop:
     quiet: Quiet
     precopies: CopyWorkers
     merges: CopyWorkers
+    allocations: CopyWorkers
+    ahead_budget: Budget
     files: Executor
     host: HostFacts
     tasks: Tasks

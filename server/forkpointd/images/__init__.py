@@ -28,6 +28,7 @@ from forkpointd.images.extents import (
     data_extents_of,
     find_extents,
     find_extents_of,
+    first_of,
     load_extents,
     save_extents,
     total_bytes,
@@ -36,6 +37,7 @@ from forkpointd.images.fits import Mismatch, can_read, check_fits
 from forkpointd.images.hostfacts import HostFacts, read_host_facts
 from forkpointd.images.manifest import DriveWitness, Manifest
 from forkpointd.images.space import (
+    Budget,
     NoRoom,
     Reservation,
     Room,
@@ -54,6 +56,7 @@ from forkpointd.images.store import Draft, SnapshotStore, StoredSnapshot, data_b
 from forkpointd.images.zeros import copy_full, punch_zeros
 
 __all__ = [
+    "Budget",
     "CopyResult",
     "Draft",
     "DriveWitness",
@@ -88,6 +91,7 @@ __all__ = [
     "data_extents_of",
     "find_extents",
     "find_extents_of",
+    "first_of",
     "load_extents",
     "make_empty_image",
     "merge_diff",

@@ -124,6 +124,23 @@ def total_bytes(extents: Iterable[Extent]) -> int:
     return sum(length for _, length in extents)
 
 
+def first_of(extents: Extents, limit_bytes: int, limit_count: int) -> Extents:
+    """The first extents, at most `limit_count` that have at most `limit_bytes` together; the last
+    of them is cut, to whole pages."""
+    kept, left = 0, limit_bytes
+    for length in extents.lengths[:limit_count]:
+        if length > left:
+            break
+        left -= length
+        kept += 1
+    first = extents[:kept]
+    cut = left // syscalls.PAGE_BYTES * syscalls.PAGE_BYTES
+    if kept < min(len(extents), limit_count) and cut:
+        first.offsets.append(extents.offsets[kept])
+        first.lengths.append(cut)
+    return first
+
+
 def find_extents(fd: int, size_bytes: int) -> Extents:
     """The data of an open file below `size_bytes`, in order. Moves the descriptor's position.
 

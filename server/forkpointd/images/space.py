@@ -110,6 +110,24 @@ class Reservation:
         self.release()
 
 
+class Budget:
+    """Bytes that may be taken at once, by all together. Safe in any thread."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._ledger = Ledger()
+
+    @property
+    def taken_bytes(self) -> int:
+        """What is taken now."""
+        return self._ledger.reserved_bytes
+
+    def take_up_to(self, count: int, what: str) -> Reservation:
+        """Takes `count` bytes, or as many as there are, until the reservation is released."""
+        with self._ledger.lock:
+            return self._ledger.add(min(count, self.limit_bytes - self.taken_bytes), what)
+
+
 class Room:
     """The room on one file system: of `path`, which must exist when it is asked."""
 

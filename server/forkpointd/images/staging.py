@@ -15,14 +15,15 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from forkpointd.images import syscalls
 from forkpointd.images.errors import ImageError
-from forkpointd.images.extents import PART_SUFFIX, Extent, data_extents
+from forkpointd.images.extents import PART_SUFFIX, Extent, Extents, data_extents
+from forkpointd.images.moving import Gate, Progress, ShouldStop, Steps, chunks, open_file
 from forkpointd.model import MIB
 
 _PAGE = syscalls.PAGE_BYTES
@@ -170,6 +171,11 @@ def _remedy(filesystem: str, folder: Path) -> str:
 
 # --- the area ----------------------------------------------------------------------------------
 
+ALLOCATE_BYTES = 32 * MIB
+"""Between two looks whether a window is open: some milliseconds of allocating."""
+
+_NO_ALLOCATING = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOSPC})
+
 _LEFTOVER = re.compile(rf"(\d+)\.(m|v|x|x{re.escape(PART_SUFFIX)})|{re.escape(_PROBE_PREFIX)}.*")
 
 
@@ -197,12 +203,8 @@ class StagingArea:
             self.root / f"{serial}.m", self.root / f"{serial}.v", self.root / f"{serial}.x"
         )
 
-    def create(self, serial: int, memory_bytes: int, *, preallocate: bool = False) -> StagingNames:
+    def create(self, serial: int, memory_bytes: int) -> StagingNames:
         """Makes the sparse memory file that Firecracker writes into; it makes the vmstate itself.
-
-        With `preallocate` all pages get their room now, which makes the window's writes faster:
-        for a FULL window, or for a DIFF where the probe says `preallocates` (the caller must have
-        reserved the whole size).
 
         Raises ImageError if any name of this serial is in use: whoever made it may still write to
         it, so nothing is touched. OSError with the path (ENOSPC); then nothing is left.
@@ -217,14 +219,44 @@ class StagingArea:
             raise ImageError(f"staging serial {serial} is used twice: {names.memory}") from error
         try:
             syscalls.ftruncate(fd, memory_bytes)
-            if preallocate:
-                syscalls.fallocate(fd, 0, memory_bytes)
         except OSError as error:
             names.memory.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(names.memory)) from error
         finally:
             os.close(fd)
         return names
+
+    def allocate(
+        self,
+        serial: int,
+        extents: Sequence[Extent],
+        *,
+        progress: Progress,
+        should_stop: ShouldStop,
+        gate: Gate,
+    ) -> int:
+        """Gives parts of a memory file their room ahead of the window, whose writes are then 1.5 to
+        8 times as fast on tmpfs (measured); returns their bytes. They still read as holes.
+
+        For a FULL window, or for a DIFF where the probe says `preallocates`. The caller has
+        reserved the room. Where there is none (ENOSPC) or the file system can't, the rest is left
+        out: it is a help, and not needed. Raises Stopped, OSError with the path.
+        """
+        steps = Steps(progress, should_stop, gate, ALLOCATE_BYTES)
+        allocated = 0
+        with open_file(self.names(serial).memory, os.O_RDWR) as memory:
+            for chunk, count in chunks(Extents.of(extents), ALLOCATE_BYTES):
+                steps.before_chunk()
+                try:
+                    for offset, length in chunk:
+                        syscalls.fallocate(memory.fd, offset, length)
+                except OSError as error:
+                    if error.errno in _NO_ALLOCATING:
+                        break
+                    raise memory.named(error) from error
+                allocated += count
+                progress(count)
+        return allocated
 
     def remove(self, serial: int) -> None:
         """Unlinks what there is of one window: only after its last reply. Idempotent."""

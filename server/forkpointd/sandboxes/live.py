@@ -5,12 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from forkpointd.images import Extents
 from forkpointd.model import DirtyBase, ForkpointError, Reason, Sandbox, SandboxState
 from forkpointd.registry import Registry
 from forkpointd.vmm import Vmm
+
+
+@dataclass(frozen=True, slots=True)
+class LastDiff:
+    """What a sandbox's last DIFF window found: the next is likely to find much the same. Not kept
+    over a restart of the server."""
+
+    extents: Extents
+    resident_bytes: int
+    """Private memory of its process then."""
 
 
 class LiveSandbox:
@@ -25,6 +36,7 @@ class LiveSandbox:
         self.row = row
         self.folder = folder
         self.vmm: Vmm | None = None
+        self.last_diff: LastDiff | None = None
         self.turn = asyncio.Lock()
         self._edit = asyncio.Lock()
         self._registry = registry

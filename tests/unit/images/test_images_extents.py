@@ -19,6 +19,7 @@ from forkpointd.images import (
     data_extents,
     data_extents_of,
     find_extents_of,
+    first_of,
     load_extents,
     save_extents,
     total_bytes,
@@ -265,3 +266,27 @@ def test_a_failure_at_any_step_leaves_no_file(tmp_path: Path, step: int) -> None
     with pytest.raises(OSError, match="Input/output error"):
         save_extents(tmp_path / "1.x", [Extent(0, PAGE)], MIB, sync=True, fs=FsOnPaper(step))
     assert os.listdir(tmp_path) == []
+
+
+def pages_of(extent: Extent) -> range:
+    return range(extent.offset_bytes, extent.end_bytes, PAGE)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=8),
+    limit_pages=st.integers(0, 60),
+    limit_count=st.integers(0, 10),
+)
+def test_the_first_extents_are_as_many_as_fit_and_the_last_is_cut(
+    lengths: list[int], limit_pages: int, limit_count: int
+) -> None:
+    whole, offset = [], 0
+    for length in lengths:
+        whole.append(Extent(offset, length * PAGE))
+        offset += (length + 2) * PAGE
+    pages = [at for extent in whole[:limit_count] for at in pages_of(extent)]
+    first = first_of(Extents.of(whole), limit_pages * PAGE + 100, limit_count)
+    found = [at for extent in first for at in pages_of(extent)]
+    assert found == pages[:limit_pages]
+    assert len(first) <= limit_count
+    assert tuple(whole) == tuple(Extents.of(whole))

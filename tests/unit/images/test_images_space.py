@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forkpointd.images import (
+    Budget,
     NoRoom,
     Reservation,
     Room,
@@ -298,3 +299,16 @@ def test_memory_is_read_from_the_kernel(tmp_path: Path) -> None:
     odd.write_text("MemTotal: 5 kB\n")
     with pytest.raises(OSError, match="MemAvailable"):
         space.available_memory_bytes(odd)
+
+
+def test_a_budget_gives_what_there_is_and_takes_it_back() -> None:
+    budget = Budget(100)
+    first = budget.take_up_to(70, "the first")
+    second = budget.take_up_to(70, "the second")
+    third = budget.take_up_to(1, "the third")
+    assert [given.reserved_bytes for given in (first, second, third)] == [70, 30, 0]
+    assert budget.taken_bytes == 100
+    first.release()
+    first.release()
+    assert budget.taken_bytes == 30
+    assert budget.take_up_to(50, "the fourth").reserved_bytes == 50

@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forkpointd.images import (
+    Extent,
     ImageError,
     StagingArea,
+    Stopped,
     data_extents_of,
     probe_staging,
     save_extents,
     staging,
     syscalls,
 )
+from forkpointd.images.staging import ALLOCATE_BYTES
 from tests.unit.images.filesystems import Failing, Mount
 
 MIB = 1 << 20
@@ -157,24 +161,72 @@ def test_a_serial_of_which_anything_exists_is_refused_and_nothing_touched(
     assert (tmp_path / f"17.{suffix}").read_text() == "late"
 
 
+def free() -> dict[str, Any]:
+    """What `allocate` is called with when nobody looks."""
+    return {"progress": lambda _: None, "should_stop": lambda: False, "gate": lambda: None}
+
+
 def test_pages_allocated_ahead_are_holes_until_they_are_written(shm: Path) -> None:
-    names = StagingArea(shm).create(1, 4 * MIB, preallocate=True)
-    assert names.memory.stat().st_blocks * 512 == 4 * MIB
+    area = StagingArea(shm)
+    names = area.create(1, 4 * MIB)
+    told: list[int] = []
+    ahead = [Extent(0, 16 * PAGE), Extent(MIB, 2 * MIB)]
+    allocated = area.allocate(1, ahead, **{**free(), "progress": told.append})
+    assert allocated == sum(told) == 16 * PAGE + 2 * MIB
+    assert names.memory.stat().st_blocks * 512 == allocated
+    assert names.memory.stat().st_size == 4 * MIB
     assert data_extents_of(names.memory, 4 * MIB) == ()
     with names.memory.open("r+b") as file:
-        file.seek(3 * PAGE)
-        file.write(bytes(PAGE))
+        for page in (3, 700):
+            file.seek(page * PAGE)
+            file.write(bytes(PAGE))
     assert [tuple(extent) for extent in data_extents_of(names.memory, 4 * MIB)] == [
-        (3 * PAGE, PAGE)
+        (3 * PAGE, PAGE),
+        (700 * PAGE, PAGE),
     ]
 
 
-def test_no_room_for_the_pages_leaves_no_file(mount: Mount) -> None:
+def test_where_there_is_no_room_ahead_the_window_has_to_find_it(mount: Mount) -> None:
     small = mount("tmpfs", "size=1m")
-    with pytest.raises(OSError, match="No space left") as caught:
-        StagingArea(small).create(1, 4 * MIB, preallocate=True)
-    assert caught.value.filename == str(small / "1.m")
-    assert os.listdir(small) == []
+    area = StagingArea(small)
+    names = area.create(1, 4 * MIB)
+    assert area.allocate(1, [Extent(0, 4 * MIB)], **free()) == 0
+    assert names.memory.stat().st_size == 4 * MIB
+    assert data_extents_of(names.memory, 4 * MIB) == ()
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSPC, errno.EIO])
+def test_allocating_that_fails_is_an_error_only_where_the_file_is_bad(
+    tmp_path: Path, failing: Failing, number: int
+) -> None:
+    area = StagingArea(tmp_path)
+    area.create(1, 4 * ALLOCATE_BYTES)
+    failing.watch("fallocate")
+    failing.at(3, number)
+    ahead = [Extent(0, 4 * ALLOCATE_BYTES)]
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=r"1\.m"):
+            area.allocate(1, ahead, **free())
+    else:
+        assert area.allocate(1, ahead, **free()) == 2 * ALLOCATE_BYTES
+    assert failing.calls == 3
+
+
+def test_allocating_asks_before_each_chunk_whether_it_is_to_stop(tmp_path: Path) -> None:
+    area = StagingArea(tmp_path)
+    names = area.create(1, 4 * ALLOCATE_BYTES)
+    answers = iter([False, True])
+    asked: list[str] = []
+    with pytest.raises(Stopped):
+        area.allocate(
+            1,
+            [Extent(0, 4 * ALLOCATE_BYTES)],
+            progress=lambda _: None,
+            should_stop=lambda: next(answers),
+            gate=lambda: asked.append("gate"),
+        )
+    assert asked == ["gate", "gate"]
+    assert names.memory.exists()
 
 
 def test_a_window_is_removed_once_or_often(tmp_path: Path) -> None:

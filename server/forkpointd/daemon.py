@@ -211,7 +211,7 @@ class Daemon:
         expiry = Expiry(sandboxes, branches.branch_and_wait)
         expiry.start()
         stack.push_async_callback(expiry.close)
-        consoles = Consoles(sandboxes.console_folder, sandboxes.console_ended)
+        consoles = Consoles(sandboxes.console_folder, sandboxes.console_end)
         stack.callback(consoles.close)
         housekeeping = Tasks("housekeeping")
         stack.push_async_callback(housekeeping.cancel)

@@ -18,6 +18,14 @@ from forkpointd.vmm import CONSOLE_INPUT_NAME, CONSOLE_OUTPUT_NAME
 from tests.integration.vmms import Bench, Guest, wait_for
 
 
+def future(*, done: bool) -> asyncio.Future[Any]:
+    """The end of a sandbox that has ended, or never will."""
+    made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    if done:
+        made.set_result(None)
+    return made
+
+
 class House:
     """Stands for the server's sandboxes: folders and ends by id."""
 
@@ -31,9 +39,9 @@ class House:
         except KeyError:
             raise ForkpointError(Reason.SANDBOX_NOT_FOUND, sandbox_id) from None
 
-    def ended(self, sandbox_id: str) -> bool:
+    def end_of(self, sandbox_id: str) -> asyncio.Future[Any]:
         guest = self.guests.get(sandbox_id)
-        return guest is None or guest.vmm.exited.done()
+        return future(done=True) if guest is None else guest.vmm.exited
 
     def add(self, guest: Guest) -> Guest:
         self.guests[guest.vmm.sandbox_id] = guest
@@ -55,7 +63,7 @@ def house() -> House:
 
 @pytest.fixture
 async def consoles(house: House) -> AsyncIterator[Consoles]:
-    made = Consoles(house.folder_of, house.ended)
+    made = Consoles(house.folder_of, house.end_of)
     yield made
     made.close()
 
@@ -129,12 +137,26 @@ async def test_followers_end_when_the_sandbox_is_deleted(
         await follower.task
 
 
+async def test_a_follower_ends_with_the_sandbox_though_its_file_says_nothing(
+    house: House, tmp_path: Path
+) -> None:
+    house.add_file("a", tmp_path / "a", b"last words")
+    end = future(done=False)
+    consoles = Consoles(house.folder_of, lambda _: end)
+    follower = Collected(consoles, "a")
+    await follower.until(b"last words")
+    end.set_result(None)
+    async with asyncio.timeout(5):  # without being told it looks again after half a minute
+        await follower.task
+    assert follower.text == b"last words"
+    consoles.close()
+
+
 async def test_a_follower_of_a_deleted_file_ends_though_its_id_is_in_use_again(
-    house: House, consoles: Consoles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    house: House, tmp_path: Path
 ) -> None:
     output = house.add_file("a", tmp_path / "a", b"old")
-    monkeypatch.setattr(house, "ended", lambda _: False)
-    consoles = Consoles(house.folder_of, lambda _: False)
+    consoles = Consoles(house.folder_of, lambda _: future(done=False))
     follower = Collected(consoles, "a")
     await follower.until(b"old")
     output.unlink()
@@ -262,7 +284,7 @@ async def test_trimming_keeps_offsets_and_the_newest(
     assert all(len(data) <= 64 * 1024 for _, data in chunks)
 
     # Another server finds the same bounds, and a trim that has nothing to do changes nothing.
-    again = Consoles(house.folder_of, house.ended)
+    again = Consoles(house.folder_of, house.end_of)
     assert await again.bounds("a") == (first, end)
     await again.trim(["a"], 64 * 1024)
     assert await again.bounds("a") == (first, end)
@@ -305,7 +327,7 @@ async def test_many_readers_of_many_consoles_need_one_inotify_instance(
     house: House, consoles: Consoles, tmp_path: Path
 ) -> None:
     outputs = [house.add_file(f"c{n}", tmp_path / f"c{n}", b"") for n in range(150)]
-    live = Consoles(house.folder_of, lambda _: False)
+    live = Consoles(house.folder_of, lambda _: future(done=False))
     followers = [Collected(live, f"c{n}") for n in range(150) for _ in range(2)]
     for n, output in enumerate(outputs):
         with output.open("ab") as opened:

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from forkpointd.model import ForkpointError, Reason
 from forkpointd.sandboxes.console_changes import ConsoleChanges
@@ -46,13 +46,14 @@ class Consoles:
     def __init__(
         self,
         folder_of: Callable[[str], Path],
-        ended: Callable[[str], bool],
+        end_of: Callable[[str], asyncio.Future[Any]],
         executor: Executor | None = None,
     ) -> None:
-        """`folder_of` gives a sandbox's folder or raises SANDBOX_NOT_FOUND; `ended` says whether
-        nothing more will come from a sandbox. Without an executor it has threads of its own."""
+        """`folder_of` gives a sandbox's folder or raises SANDBOX_NOT_FOUND; `end_of` a future that
+        is done once nothing more will come from a sandbox. Without an executor it has threads of
+        its own."""
         self._folder_of = folder_of
-        self._ended = ended
+        self._end_of = end_of
         self._executor = executor or ThreadPoolExecutor(THREADS, "console")
         self._writers: set[str] = set()
         self._changes = ConsoleChanges()
@@ -76,7 +77,8 @@ class Consoles:
             with self._changes.of(output.fd) as changes:
                 while True:
                     # In this order: what was written before the end is still read after it.
-                    last = not follow or self._ended(sandbox_id)
+                    end = self._end_of(sandbox_id)
+                    last = not follow or end.done()
                     seen = changes.seen()
                     chunk_offset, data, unlinked = await self._run(partial(output.read, offset))
                     if data:
@@ -85,7 +87,7 @@ class Consoles:
                     elif last or unlinked:
                         return
                     else:
-                        await changes.after(seen)
+                        await changes.after(seen, end)
         finally:
             # In a thread: closing the last descriptor of a deleted file frees its blocks.
             await asyncio.shield(self._run(output.close))

@@ -10,17 +10,15 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from asyncinotify import Inotify, Mask, Watch
 
 LOOK_AGAIN_SECONDS = 30.0
 """A reader looks at least this often, whatever is announced."""
-AFTER_CLOSE_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""And so soon, one after the other, when a writer closed the file: the VMM's does so a moment
-before its process has ended and the server has noticed."""
 
-_EVENTS = Mask.MODIFY | Mask.CLOSE_WRITE | Mask.ATTRIB
-"""Output; the writer's end (and each trim); unlinking, which changes the count of links."""
+_EVENTS = Mask.MODIFY | Mask.ATTRIB
+"""Output; unlinking, which changes the count of links."""
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +30,11 @@ class _File:
         self.watch = watch
         self.readers = 0
         self.events = 0
-        self.closes = 0
         self.waiting: set[asyncio.Future[None]] = set()
 
-    def note(self, *, closed: bool) -> None:
+    def note(self) -> None:
         """Something happened."""
         self.events += 1
-        self.closes += closed
         for future in self.waiting:
             if not future.done():
                 future.set_result(None)
@@ -49,28 +45,23 @@ class Changes:
 
     def __init__(self, file: _File) -> None:
         self._file = file
-        self._closes = file.closes
-        self._soon: Iterator[float] = iter(())
 
     def seen(self) -> int:
         """A mark, to be taken before a look at the file."""
         return self._file.events
 
-    async def after(self, mark: int) -> None:
-        """Returns when something has happened since `mark`, or when it is time to look anyway."""
+    async def after(self, mark: int, end: asyncio.Future[Any]) -> None:
+        """Returns when something has happened since `mark`, when `end` is done, or when it is time
+        to look anyway."""
         file = self._file
-        if file.closes != self._closes:
-            self._closes = file.closes
-            self._soon = iter(AFTER_CLOSE_SECONDS)
         if file.events != mark:
             return
         future = asyncio.get_running_loop().create_future()
         file.waiting.add(future)
         try:
-            async with asyncio.timeout(next(self._soon, LOOK_AGAIN_SECONDS)):
-                await future
-        except TimeoutError:
-            return
+            await asyncio.wait(
+                {future, end}, timeout=LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             file.waiting.discard(future)
 
@@ -116,8 +107,8 @@ class ConsoleChanges:
             async for event in inotify:
                 if Mask.Q_OVERFLOW in event.mask:
                     for file in self._files.values():
-                        file.note(closed=True)
+                        file.note()
                 elif event.watch is not None and event.watch.wd in self._files:
-                    self._files[event.watch.wd].note(closed=Mask.CLOSE_WRITE in event.mask)
+                    self._files[event.watch.wd].note()
         except OSError:
             log.exception("consoles are followed by looking now and then only")

@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from forkpointd.images import StoredSnapshot
 from forkpointd.model import (
@@ -100,10 +100,14 @@ class Sandboxes:
         """The folder with a sandbox's console, or SANDBOX_NOT_FOUND."""
         return self.find(sandbox_id).folder
 
-    def console_ended(self, sandbox_id: str) -> bool:
-        """Whether nothing more will come from a sandbox's console."""
+    def console_end(self, sandbox_id: str) -> asyncio.Future[Any]:
+        """Done once nothing more will come from a sandbox's console."""
         live = self._live.get(sandbox_id)
-        return live is None or live.vmm is None or live.vmm.exited.done()
+        if live is not None and live.vmm is not None:
+            return live.vmm.exited
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ended.set_result(None)
+        return ended
 
     async def get(self, sandbox_id: str) -> Sandbox:
         """The sandbox as of now."""

@@ -286,7 +286,7 @@ def small_tmpfs(tmp_path: Path) -> object:
 async def test_after_memory_that_could_not_be_written_the_next_diff_has_every_page(
     bench: Bench, small_tmpfs: Path, full: bool
 ) -> None:
-    """DESIGN 4.7's one exception, page by page, for each version."""
+    """The one exception of step 6, page by page, for each version."""
     source = await bench.boot()
     (source.folder / "t").symlink_to(small_tmpfs)
     await source.ask("d30")

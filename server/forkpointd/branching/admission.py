@@ -67,7 +67,7 @@ class Admission:
         self._auto_full_max_pause_us = auto_full_max_pause_us
 
     def reserve(self, row: Sandbox, mode: BranchMode) -> Holding:
-        """Room for one branch: the memory's size on the image disk, and staging (DESIGN 4.1).
+        """Room for one branch: the memory's size on the image disk, and staging (step 1).
 
         Raises NO_DISK_SPACE or NO_STAGING_SPACE with the figures.
         """

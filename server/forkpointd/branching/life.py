@@ -1,4 +1,5 @@
-"""The life of one branch (DESIGN section 4), and what each failure leaves behind.
+"""The life of one branch, and what each failure leaves behind. The steps that the comments of this
+server name are those of docs/design/diff-snapshots.md.
 
 Until its window a branch may be cancelled at any await: all that it holds (room, its turn at the
 source, staging files, the draft) is undone by an exit stack. From the moment at which its source's

@@ -102,7 +102,7 @@ class Windows:
 
     async def read_extents(self, staged: Staged, mode: BranchMode, memory_bytes: int) -> Extents:
         """Reads the extents of what the window wrote, once, and stores them beside it; from then
-        on they are the only truth (DESIGN 4.5)."""
+        on they are the only truth (step 6)."""
         return await self._run(lambda: _store_extents(staged, mode, memory_bytes))
 
     async def describe(

@@ -1,7 +1,7 @@
 """A branch's source: its dirty base, and the window that is opened on it.
 
 A base is never guessed. It is PENDING, durably, from before the window's first byte until it is
-settled what the window did (DESIGN 4.3 and 4.7):
+settled what the window did (steps 4 and 6):
 
     the snapshot became READY             VALID, the snapshot
     written, but something failed later   VALID, the old base and the diff that is kept

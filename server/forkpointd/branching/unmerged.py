@@ -1,4 +1,4 @@
-"""Diffs that could not be merged when they were taken, merged when room returns (DESIGN 4.7).
+"""Diffs that could not be merged when they were taken, merged when room returns.
 
 Such a diff holds pages that exist nowhere else, usually in memory. The source's next branch merges
 it anyhow; this merges it earlier, into an image that is the source's dirty base and nothing else:

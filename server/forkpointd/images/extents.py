@@ -1,6 +1,6 @@
 """Which bytes of a file are data: read once by lseek, stored beside a diff, the only truth since.
 
-A hole of a *diff* means "unchanged", a page of zeros means "zero" (DESIGN 4.5). The difference is
+A hole of a *diff* means "unchanged", a page of zeros means "zero" (step 6). The difference is
 told by SEEK_DATA alone, and only until something reads or maps the file, so the extents of a
 window's diff are read right after its last reply, saved, and from then on only loaded. A hole of
 an *image* is zeros and nothing else.

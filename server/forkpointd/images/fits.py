@@ -60,7 +60,7 @@ words 3, 7, 8, 11 and 21, and the thermal and power leaf). They are recorded, no
 
 
 def check_fits(manifest: Manifest, host: HostFacts, strict: bool) -> list[Mismatch]:
-    """In what this host differs from the snapshot's, worst first (DESIGN promise 7).
+    """In what this host differs from the snapshot's, worst first (docs/design/promises.md, 7).
 
     Refused: a snapshot version that this VMM can't read, another kind of VMM, architecture, CPU
     vendor or model, a missing feature, another page size. Another kernel release or release of

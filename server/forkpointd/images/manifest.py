@@ -2,7 +2,7 @@
 
 A snapshot's folder is moved and copied by people, so nothing in a manifest is believed: types,
 missing keys and the sizes of the files it names are checked before Firecracker sees them, for a
-failed load ends the process. `fits` compares it with a host (DESIGN promise 7).
+failed load ends the process. `fits` compares it with a host.
 
 The file is JSON, `format` 1. A key that is not known is refused as well: it would be a promise
 that this version can't keep.

@@ -18,7 +18,7 @@ from forkpointd.images.staging import StagingArea
 from forkpointd.model import StagingKind
 
 FULL_TMPFS_TIMES = 3
-"""A FULL window is staged on tmpfs only where it fits so many times over (DESIGN 4.1)."""
+"""A FULL window is staged on tmpfs only where it fits so many times over (step 1)."""
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -198,7 +198,7 @@ def choose_staging(
     full: bool,
     tmpfs_free_bytes: int | None,
 ) -> StagingChoice:
-    """DESIGN 4.1: tmpfs where it holds the source's whole memory (FULL: three times over), else
+    """Step 1: tmpfs where it holds the source's whole memory (FULL: three times over), else
     the disk. What is reserved is the expected diff, or the memory's size where that is unknown.
 
     `tmpfs_free_bytes` is less all reservations; None where there is no tmpfs to stage on. A FULL

@@ -7,7 +7,7 @@
     ROOT/.trash-<snapshot_id>-<n>/    one that is being removed
 
 A folder under its own name is complete and durable: the files are synced, then their folder, then
-it is renamed, then ROOT is synced (DESIGN 4.8). No id begins with a dot, so the three never meet.
+it is renamed, then ROOT is synced (step 9). No id begins with a dot, so the three never meet.
 Whether a complete folder *is* a snapshot is said by the registry alone; `sweep` removes the others
 after a crash. Folders are private to this user, files of a finished snapshot read-only.
 

@@ -3,7 +3,7 @@
 Firecracker writes all of a guest's memory in a FULL window, so its file has no hole, and most of it
 is zeros that the guest never touched. In an *image* a hole is zeros and nothing else, so they are
 left out here: the image takes the room, and each pre-copy of it the time, of what the guest holds.
-A *diff*, in which a hole means "unchanged", is never looked at like this (DESIGN 4.5).
+A *diff*, in which a hole means "unchanged", is never looked at like this (step 6).
 
 Synchronous: run it in threads.
 """

@@ -1,4 +1,4 @@
-"""What a restarted server does with the sandboxes it finds: DESIGN promise 4.
+"""What a restarted server does with the sandboxes it finds (docs/design/promises.md, 4).
 
 The row of a sandbox is durable before its process is spawned, so every VMM in our folders has a
 row; one without is ended. A process is adopted when boot id, pid, start time, executable, working
@@ -19,7 +19,7 @@ from typing import TypeVar
 from forkpointd.model import ForkpointError, Sandbox, SandboxExit, SandboxState, now
 from forkpointd.sandboxes.live import LiveSandbox
 from forkpointd.sandboxes.service import Sandboxes
-from forkpointd.vmm import Vmm, end_orphans
+from forkpointd.vmm import Vmm, boot_id, end_orphans
 
 T = TypeVar("T")
 
@@ -105,6 +105,8 @@ async def _note_lost(sandboxes: Sandboxes, live: LiveSandbox, row: Sandbox) -> N
     """The process ended while no server ran: how is not known, its last words are."""
     words = await sandboxes.last_words(live)
     exit_ = SandboxExit(time=now(), exit_code=-1, signal=0, last_words=words)
+    if row.process is not None and row.process.boot_id == boot_id():
+        exit_ = await sandboxes.with_cause(exit_, row.process, just_now=False)
     log.warning("sandbox %s ended while no server ran", row.sandbox_id)
     await live.edit(
         lambda row: replace(row, state=SandboxState.STOPPED, exit=exit_, expire_time=None)

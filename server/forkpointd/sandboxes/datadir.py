@@ -10,7 +10,7 @@
     TMPFS/forkpoint-<id>/ windows that are staged in memory
 
 In each sandbox's folder `t` and `d` are links to the two staging folders: all paths in a window's
-requests are short names relative to the folder (DESIGN 4.4).
+requests are short names relative to the folder (step 5).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Everything that a snapshot's vmstate remembers by path is given relative to the sandbox's folder,
 in which each VMM runs, so that any number of children share one snapshot and each finds its own
-(FACTS: drives keep the path they were made with).
+(drives keep the path they were made with).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Life of a window. It is *prepared*: the connection is open and has been answered on, the bytes are
 built and measured. It is *run*, once: a thread of its own sends the bytes and waits for the
 answers. It ends only by them or by the end of the process; there is no time limit in the thread,
-for a stopped Firecracker runs the requests late (FACTS), and as long as it may, the window is open.
+for a stopped Firecracker runs the requests late, and as long as it may, the window is open.
 Whoever waits for it may stop waiting and is told later.
 
 Firecracker reads 1,024 bytes at a time and drops the rest when its client is gone. So all of a
@@ -64,7 +64,7 @@ class WindowOutcome:
     process_gone: bool = False
     """The process ended before all answers came."""
     memory_write_failed: bool = False
-    """The create failed, and Firecracker's dirty log is whole again all the same (DESIGN 4.7)."""
+    """The create failed, and Firecracker's dirty log is whole again all the same (step 6)."""
 
     @property
     def created(self) -> bool:

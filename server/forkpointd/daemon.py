@@ -287,7 +287,7 @@ class Daemon:
         areas: dict[StagingKind, StagingArea],
         threads: _Threads,
     ) -> None:
-        """Everything that a former server left: DESIGN promise 4."""
+        """Everything that a former server left (docs/design/promises.md, 4)."""
         children = frozenset(
             child.sandbox_id
             for fork in await registry.unfinished_forks()

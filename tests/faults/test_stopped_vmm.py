@@ -16,6 +16,7 @@ from forkpointd.vmm import Binary
 from tests.faults.test_full import reached
 from tests.faults.test_kill import KilledHouse, next_branch_is_right
 from tests.integration.serving import DIFF, reason, stage_error
+from tests.integration.vmms import stand_still
 
 MEMORY_MIB = 96
 REGION_MIB = 24
@@ -47,10 +48,10 @@ async def test_a_stopped_vmm_is_unknown_until_it_answers_and_loses_nothing(
             hold.touch()
             branching = asyncio.create_task(house.branch("src"))
             await reached(hold)
-            os.kill(pid, signal.SIGSTOP)
+            await stand_still(pid)
             hold.unlink()
         else:
-            os.kill(pid, signal.SIGSTOP)
+            await stand_still(pid)
             branching = asyncio.create_task(house.branch("src"))
         branch = await branching
         assert branch.stage == branch_pb2.BRANCH_STAGE_FAILED

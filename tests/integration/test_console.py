@@ -15,7 +15,7 @@ import pytest
 from forkpointd.model import ForkpointError, Reason
 from forkpointd.sandboxes.console import Consoles
 from forkpointd.vmm import CONSOLE_INPUT_NAME, CONSOLE_OUTPUT_NAME
-from tests.integration.vmms import Bench, Guest, wait_for
+from tests.integration.vmms import Bench, Guest, stand_still, wait_for
 
 
 def future(*, done: bool) -> asyncio.Future[Any]:
@@ -217,7 +217,7 @@ async def test_input_waits_for_a_stopped_guest_and_is_not_lost(
     fcntl.fcntl(fifo, fcntl.F_SETPIPE_SZ, 4096)  # what guests read slowly need not be more
     os.close(fifo)
     writer = await consoles.writer("source")
-    os.kill(guest.pid, signal.SIGSTOP)
+    await stand_still(guest.pid)
     try:
         taken = await writer.try_write(b"t\n" * 50_000, 0.1)
         assert taken == 4096
@@ -239,7 +239,7 @@ async def test_a_writer_that_waits_can_be_cancelled_and_the_console_is_free(
 ) -> None:
     guest = house.add(await bench.boot())
     writer = await consoles.writer("source")
-    os.kill(guest.pid, signal.SIGSTOP)
+    await stand_still(guest.pid)
     try:
         assert await writer.try_write(b"x" * 100_000, 0.0) == 65_536
         waiting = asyncio.create_task(writer.write(b"x"))
@@ -258,7 +258,7 @@ async def test_a_process_that_ends_wakes_a_waiting_writer(
 ) -> None:
     guest = house.add(await bench.boot())
     writer = await consoles.writer("source")
-    os.kill(guest.pid, signal.SIGSTOP)
+    await stand_still(guest.pid)
     waiting = asyncio.create_task(writer.write(b"x" * 100_000))
     await asyncio.sleep(0)
     os.kill(guest.pid, signal.SIGKILL)

@@ -20,7 +20,7 @@ from forkpointd.vmm import (
     find_orphans,
     load_requests,
 )
-from tests.integration.vmms import Bench, is_gone, wait_for
+from tests.integration.vmms import Bench, is_gone, stand_still, wait_for
 
 
 async def test_a_booted_guest_runs_pauses_and_runs_on(bench: Bench) -> None:
@@ -229,7 +229,7 @@ async def test_orphans_are_found_and_ended_and_others_left_alone(
 
 async def test_a_stopped_vmm_keeps_no_caller_and_no_thread(bench: Bench) -> None:
     source = await bench.boot()
-    os.kill(source.pid, signal.SIGSTOP)
+    await stand_still(source.pid)
     try:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
@@ -246,7 +246,7 @@ async def test_a_stopped_vmm_is_adopted_all_the_same(
 ) -> None:
     monkeypatch.setattr("forkpointd.vmm.identity.ANSWER_SECONDS", 0.2)
     source = await bench.boot()
-    os.kill(source.pid, signal.SIGSTOP)
+    await stand_still(source.pid)
     try:
         adopted = await Vmm.adopt(source.vmm.record, source.folder, "source", bench.executor)
         assert adopted is not None

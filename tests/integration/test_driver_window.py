@@ -15,7 +15,7 @@ import pytest
 from forkpointd.vmm import MAX_WINDOW_BYTES, VmmGone, WindowOutcome
 from forkpointd.vmm.window import SWITCH_SECONDS
 from forkpointd.witness import Stamp, page_offset_in_memory_file
-from tests.integration.vmms import Bench, data_pages, guest_pages, wait_for
+from tests.integration.vmms import Bench, data_pages, guest_pages, stand_still, wait_for
 
 MEMORY_MIB = 128
 
@@ -138,7 +138,7 @@ async def test_the_process_ends_in_the_window(bench: Bench) -> None:
     window = await source.vmm.prepare_window(
         full=False, vmstate_name="v", memory_name="m", was_paused=False
     )
-    os.kill(source.pid, signal.SIGSTOP)
+    await stand_still(source.pid)
     running = asyncio.create_task(source.vmm.run_window(window))
     os.kill(source.pid, signal.SIGKILL)
     async with asyncio.timeout(10):
@@ -161,7 +161,7 @@ async def test_a_stopped_vmm_answers_late_and_is_waited_for(bench: Bench) -> Non
     window = await source.vmm.prepare_window(
         full=False, vmstate_name="v", memory_name="m", was_paused=False
     )
-    os.kill(source.pid, signal.SIGSTOP)
+    await stand_still(source.pid)
     try:
         with pytest.raises(TimeoutError):
             await source.vmm.run_window(window, deadline_seconds=0.2, late=late.append)
@@ -183,7 +183,7 @@ async def test_a_caller_that_is_cancelled_ends_no_window(bench: Bench) -> None:
     window = await source.vmm.prepare_window(
         full=False, vmstate_name="v", memory_name="m", was_paused=False
     )
-    os.kill(source.pid, signal.SIGSTOP)
+    await stand_still(source.pid)
     running = asyncio.create_task(source.vmm.run_window(window, late=late.append))
     await asyncio.sleep(0)
     running.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -35,6 +36,20 @@ async def wait_for(holds: Callable[[], bool], what: str = "") -> None:
     while not holds():
         assert time.monotonic() < deadline, f"it never came to be: {what or holds}"
         await asyncio.sleep(POLL_SECONDS)
+
+
+async def stand_still(pid: int) -> None:
+    """SIGSTOP, and waits until each thread has stopped: the signal alone only asks for it."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        states = [
+            (task / "stat").read_text(encoding="ascii").rpartition(") ")[2][0]
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+        return set(states) == {"T"}
+
+    await wait_for(stopped, f"process {pid} stands still")
 
 
 class Guest:

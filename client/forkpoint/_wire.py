@@ -113,6 +113,8 @@ def sandbox(message: sandbox_pb2.Sandbox) -> views.SandboxView:
             exit_code=ended.exit_code if ended.exit_code >= 0 else None,
             signal=ended.signal or None,
             last_words=ended.last_words,
+            cause=enum_from(enums.SandboxExitCause, sandbox_pb2.SandboxExitCause, ended.cause),
+            explanation=ended.explanation or None,
         )
         if message.HasField("exit")
         else None,
@@ -255,4 +257,16 @@ def server_info(message: server_service_pb2.GetServerInfoResponse) -> views.Serv
         reflink=message.reflink,
         image_free_bytes=message.image_free_bytes,
         staging_free_bytes=message.staging_free_bytes,
+        memory=_memory_use(message.memory) if message.HasField("memory") else None,
+    )
+
+
+def _memory_use(message: server_service_pb2.MemoryUse) -> views.MemoryUse:
+    return views.MemoryUse(
+        budget_bytes=message.budget_bytes,
+        used_bytes=message.used_bytes,
+        sandbox_bytes=message.sandbox_bytes,
+        headroom_bytes=message.headroom_bytes,
+        staging_bytes=message.staging_bytes,
+        child_headroom_bytes=message.child_headroom_bytes,
     )

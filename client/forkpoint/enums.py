@@ -48,6 +48,17 @@ class WishedState(StrEnum):
     PAUSED = "PAUSED"
 
 
+class SandboxExitCause(StrEnum):
+    """Why a sandbox's process was ended, where more is known than its exit code or signal."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    """Nothing more is known."""
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    """The kernel's out-of-memory killer ended it: its log names the process."""
+    PROBABLY_OUT_OF_MEMORY = "PROBABLY_OUT_OF_MEMORY"
+    """That killer ended some process just then; the server may not read the log to see which."""
+
+
 class ExpiryAction(StrEnum):
     """What happens when a sandbox's ttl is over."""
 

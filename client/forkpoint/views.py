@@ -22,6 +22,7 @@ from forkpoint.enums import (
     ForkChildState,
     ForkStage,
     Layout,
+    SandboxExitCause,
     SandboxState,
     StagingKind,
     VmmKind,
@@ -79,6 +80,9 @@ class SandboxExit:
     signal: int | None
     last_words: str
     """The end of the VMM's log and standard error."""
+    cause: SandboxExitCause = SandboxExitCause.UNSPECIFIED
+    explanation: str | None = None
+    """The cause in words, with what to do; None without one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -266,6 +270,23 @@ class HostCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """The memory budget of a server: what would cross it is refused with NO_MEMORY."""
+
+    budget_bytes: int
+    used_bytes: int
+    """All that is counted; it may be above the budget, for guests that run go on."""
+    sandbox_bytes: int
+    """Private resident memory of all sandboxes' VMMs."""
+    headroom_bytes: int
+    """What sandboxes are counted with beyond that."""
+    staging_bytes: int
+    """What is staged and reserved on tmpfs."""
+    child_headroom_bytes: int
+    """The headroom of one sandbox."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
     """The server's facts."""
 
@@ -285,3 +306,5 @@ class ServerInfo:
     reflink: bool
     image_free_bytes: int
     staging_free_bytes: int
+    memory: MemoryUse | None
+    """None from a server that has no memory budget yet."""

@@ -100,6 +100,12 @@ class Settings(BaseSettings):
     concurrent_starts: int = Field(default=32, ge=1, le=256)
     """Children that are started at once: a start waits more than it computes."""
 
+    memory_budget_bytes: int | None = Field(default=None, ge=0)
+    """What sandboxes and staging may have of the memory, as it is counted; None: what the host and
+    the control group have, less a sixteenth and at least 512 MiB."""
+    child_headroom_mib: int = Field(default=16, ge=0)
+    """What a sandbox is counted with beyond what its guest has touched."""
+
     window_deadline_seconds: float = Field(default=30.0, gt=0)
     """After this a branch whose window has no reply is FAILED and its source UNKNOWN; a window that
     is predicted to be longer has ten times its prediction."""

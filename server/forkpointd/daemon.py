@@ -63,12 +63,15 @@ from forkpointd.sandboxes.datadir import DataDir, open_data_dir
 from forkpointd.sandboxes.expiry import Expiry
 from forkpointd.sandboxes.folders import Folders
 from forkpointd.sandboxes.forks import Forks
+from forkpointd.sandboxes.memory import MemoryBudget
+from forkpointd.sandboxes.memory_host import host_memory
 from forkpointd.sandboxes.service import Sandboxes
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, host_memory_bytes
 from forkpointd.sandboxes.tasks import Tasks, drain_tasks
 from forkpointd.telemetry.lag import watch_loop_lag
-from forkpointd.vmm import Binary, snapshot_version
+from forkpointd.vmm import Binary, OomKills, memory_cgroup, snapshot_version, take_place
+from forkpointd.vmm.oom_kills import RECENT_SECONDS
 
 T = TypeVar("T")
 
@@ -161,12 +164,24 @@ class Daemon:
             host=host,
             strict_host=settings.strict_host,
             calls=threads.vmm,
+            oom_order=await _in_thread(take_place),
         )
+        oom_kills = await _in_thread(OomKills.open)
+        stack.callback(oom_kills.close)
+        cgroup = await _in_thread(memory_cgroup)
         sandboxes = Sandboxes(
             registry=registry,
             folders=folders,
             snapshots=snapshots,
             starter=starter,
+            memory=MemoryBudget(
+                budget_bytes=settings.memory_budget_bytes,
+                child_headroom_bytes=settings.child_headroom_mib * MIB,
+                staging_bytes=staging_room.held_bytes,
+                host=lambda: host_memory(cgroup),
+                files=threads.files,
+            ),
+            oom_kills=oom_kills,
             files=threads.files,
             call_timeout_seconds=settings.vmm_call_timeout_seconds,
         )
@@ -219,6 +234,8 @@ class Daemon:
             housekeeping.start_unwatched(
                 watch_loop_lag(settings.loop_lag_report_seconds), "loop lag"
             )
+        if oom_kills.must_look:
+            housekeeping.start_unwatched(_watch_oom_kills(oom_kills), "out-of-memory kills")
         housekeeping.start_unwatched(branches.merge_kept_diffs(), "kept diffs")
         housekeeping.start_unwatched(
             self._keep_house(registry, sandboxes, snapshots, consoles), "loop"
@@ -239,6 +256,7 @@ class Daemon:
                 reflink=reflink,
                 image_free_bytes=await _in_thread(image_room.free_bytes),
                 staging_free_bytes=await _in_thread(staging_room.free_bytes),
+                memory=await sandboxes.memory_use(),
             )
 
         server = RpcServer(
@@ -340,6 +358,16 @@ class _Facts:
     async def facts(self) -> ServerFacts:
         """The facts of now."""
         return await self._facts()
+
+
+async def _watch_oom_kills(oom_kills: OomKills) -> None:
+    """Keeps an old kill for memory from being taken for the cause of a later end."""
+    while True:
+        await asyncio.sleep(RECENT_SECONDS)
+        try:
+            await _in_thread(oom_kills.look)
+        except OSError as error:
+            log.warning("kills for memory are not counted: %s", error)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -274,6 +274,15 @@ class DirtyBase:
         return replace(self, state=DirtyBaseState.VALID, branch_id=None)
 
 
+class ExitCause(StrEnum):
+    """Why a process was ended, where that is known beyond its signal."""
+
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    """The kernel's log names it."""
+    PROBABLY_OUT_OF_MEMORY = "PROBABLY_OUT_OF_MEMORY"
+    """The kernel counted a kill for memory just then, and nothing says whom it ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class SandboxExit:
     """How a sandbox's process ended."""
@@ -283,11 +292,14 @@ class SandboxExit:
     """-1 where not known or ended by a signal."""
     signal: int
     last_words: str
+    cause: ExitCause | None = None
+    explanation: str = ""
+    """The cause in words, with what to do; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessRecord:
-    """What identifies a VMM's process across restarts of the server (DESIGN promise 4)."""
+    """What identifies a VMM's process across restarts of the server."""
 
     boot_id: str
     """/proc/sys/kernel/random/boot_id"""
@@ -710,6 +722,31 @@ class HostCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """The memory budget, and what is counted against it."""
+
+    budget_bytes: int
+    sandbox_bytes: int
+    """Private resident memory of all VMMs."""
+    headroom_bytes: int
+    """What sandboxes are counted with beyond that: those that run and those that are promised."""
+    staging_bytes: int
+    """On tmpfs: what lies there and what is reserved."""
+    child_headroom_bytes: int
+    """The headroom of one sandbox."""
+
+    @property
+    def used_bytes(self) -> int:
+        """All that is counted."""
+        return self.sandbox_bytes + self.headroom_bytes + self.staging_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the budget; never negative."""
+        return max(0, self.budget_bytes - self.used_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class ServerFacts:
     """What GetServerInfo tells."""
 
@@ -726,3 +763,4 @@ class ServerFacts:
     reflink: bool
     image_free_bytes: int
     staging_free_bytes: int
+    memory: MemoryUse

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from forkpointd.branching.admission import expected_diff_bytes, resident_bytes
+from forkpointd.branching.admission import expected_diff_bytes
 from forkpointd.images import Extents
 from forkpointd.model import MIB, ProcessRecord, Sandbox
 from forkpointd.sandboxes.live import LastDiff
+from forkpointd.vmm import resident_bytes
 from tests.unit.registry_making import sandbox
 
 PROCESS = ProcessRecord("boot", 17, 1, Path("/firecracker"), 1, 1)

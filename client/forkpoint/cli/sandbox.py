@@ -322,5 +322,7 @@ def _exit_text(found: SandboxView) -> str | None:
         how = f"with exit code {ended.exit_code}"
     else:
         how = "nobody saw how"
+    if ended.explanation:
+        how = f"{how}: {ended.explanation}"
     words = f"; its last words:\n{ended.last_words.rstrip()}" if ended.last_words.strip() else ""
     return f"{output.age(ended.time)} ago, {how}{words}"

@@ -55,6 +55,7 @@ def info(address: Address = None, json: Json = False) -> None:
                 "staging",
                 f"{found.staging.value.lower()}, {output.size(found.staging_free_bytes)} free",
             ),
+            ("memory", _memory_text(found)),
             (
                 "limits",
                 (
@@ -69,6 +70,17 @@ def info(address: Address = None, json: Json = False) -> None:
 
         output.out.print()
         show_checks(list(found.checks))
+
+
+def _memory_text(found: ServerInfo) -> str | None:
+    use = found.memory
+    if use is None:
+        return None
+    return (
+        f"{output.size(use.used_bytes)} of the budget of {output.size(use.budget_bytes)} counted: "
+        f"{output.size(use.sandbox_bytes)} in sandboxes, {output.size(use.headroom_bytes)} "
+        f"headroom, {output.size(use.staging_bytes)} staged"
+    )
 
 
 def version(address: Address = None, json: Json = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from forkpointd.branching.prediction import PausePredictor
 from forkpointd.images import NoRoom, Reservation, Room, StagingRoom
@@ -146,21 +145,6 @@ def expected_diff_bytes(
         return min(memory_bytes, resident)
     grown = 0 if last is None else resident - last.resident_bytes
     return min(memory_bytes, max(row.last_diff_bytes, grown))
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory of a process that is its own: anonymous and shared pages (proc_pid_status(5)), which a
-    guest's are. Kept as counters by the kernel, unlike smaps_rollup, which walks all page tables
-    and keeps the guest from having new pages meanwhile. 0 for a process that is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0
-    return 1024 * sum(
-        int(line.split()[1])
-        for line in text.splitlines()
-        if line.startswith(("RssAnon:", "RssShmem:"))
-    )
 
 
 def no_room(reason: Reason, error: NoRoom) -> ForkpointError:

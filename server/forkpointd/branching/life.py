@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from forkpointd.branching.admission import Holding, expected_diff_bytes, resident_bytes
+from forkpointd.branching.admission import Holding, expected_diff_bytes
 from forkpointd.branching.imaging import (
     Meter,
     Staged,
@@ -57,7 +57,7 @@ from forkpointd.model import (
 )
 from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
 from forkpointd.sandboxes.starting import check_drives_are_there
-from forkpointd.vmm import VmmFault, VmmGone
+from forkpointd.vmm import VmmFault, VmmGone, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -398,6 +398,9 @@ class BranchLife:
         async with source.live.editing() as draft:
             source.base_becomes(snapshot.snapshot_id, draft)
             await self.record.become_ready(snapshot, stage, draft)
+        self._shop.tasks.start_unwatched(
+            self._shop.sandboxes.becomes_source(source.live), f"source {source.live.sandbox_id}"
+        )
         if source.base is not None:
             old_base = source.base
             await self._shop.run(lambda: remove_diffs(old_base))

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from forkpointd.branching.admission import Holding, expected_diff_bytes, resident_bytes
+from forkpointd.branching.admission import Holding, expected_diff_bytes
 from forkpointd.branching.life import BranchLife
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.recovery import Recovered, examine
@@ -39,6 +40,7 @@ from forkpointd.sandboxes.live import LiveSandbox
 from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.service import new_id
 from forkpointd.sandboxes.tasks import Tasks
+from forkpointd.vmm import resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +142,10 @@ class Branches:
     async def _admit_to_queue(self, order: BranchOrder, live: LiveSandbox, waiting: int) -> Branch:
         mode = self._expected_mode(live, order.mode, waiting)
         row = live.row
-        holding = await self._shop.run(lambda: self._shop.admission.reserve(row, mode))
-        try:
+        fork = memory = None
+        with ExitStack() as held:
+            holding = await self._shop.run(lambda: self._shop.admission.reserve(row, mode))
+            held.callback(holding.release)
             if not waiting:
                 expected = await self._shop.run(
                     lambda: expected_diff_bytes(row, live.last_diff, resident_bytes)
@@ -150,16 +154,14 @@ class Branches:
                     live.row, order.mode, order.max_pause_us, holding.staging, expected
                 )
             branch = self._new_branch(order)
-            fork = None
             if order.fork is not None:
                 fork = new_fork(order.fork, branch.snapshot_id, branch_id=branch.branch_id)
                 branch = replace(branch, fork_id=fork.fork_id)
+                memory = held.enter_context(await self._shop.forks.memory_for(fork, row.machine))
             await self._shop.registry.insert_branch(branch, fork, order.request)
-        except BaseException:
-            holding.release()
-            raise
+            held.pop_all()
         if fork is not None:
-            self._shop.forks.show(fork)
+            self._shop.forks.show(fork, memory)
         record = BranchRecord(self._shop, BranchView(branch, None, fork))
         turn = self._turns.setdefault(order.sandbox_id, asyncio.Lock())
         life = BranchLife(self._shop, record, live, holding, turn)

@@ -16,7 +16,6 @@ import logging
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 
-from forkpointd.branching.admission import resident_bytes
 from forkpointd.branching.imaging import Staged
 from forkpointd.branching.opening import Prepared, window_failure
 from forkpointd.branching.record import BranchRecord
@@ -34,7 +33,7 @@ from forkpointd.model import (
     UnmergedDiff,
 )
 from forkpointd.sandboxes.live import LastDiff, LiveSandbox, RowDraft
-from forkpointd.vmm import WindowOutcome
+from forkpointd.vmm import WindowOutcome, resident_bytes
 
 log = logging.getLogger(__name__)
 

@@ -225,8 +225,9 @@ class StagingRoom:
         it at once (None: no limit but the machine's). Raises OSError."""
         self._disk = disk
         self._tmpfs: Room | None = None
+        self._area: StagingArea | None = None
         if tmpfs is not None:
-            area = StagingArea(tmpfs)
+            area = self._area = StagingArea(tmpfs)
 
             def limit() -> int:
                 memory = available_memory_bytes()
@@ -263,6 +264,13 @@ class StagingRoom:
     def free_bytes(self) -> int:
         """What could be staged on tmpfs now; 0 without one. Raises OSError."""
         return 0 if self._tmpfs is None else self._tmpfs.free_bytes()
+
+    def held_bytes(self) -> int:
+        """Memory that staging has or was promised: files on tmpfs and what is reserved there.
+        Raises OSError."""
+        if self._tmpfs is None or self._area is None:
+            return 0
+        return self._area.used_bytes() + self._tmpfs.ledger.reserved_bytes
 
 
 def available_memory_bytes(meminfo: Path = _MEMINFO) -> int:

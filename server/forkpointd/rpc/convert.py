@@ -94,6 +94,8 @@ def sandbox_exit(it: model.SandboxExit) -> sandbox_pb2.SandboxExit:
         exit_code=it.exit_code,
         signal=it.signal,
         last_words=words.decode("utf-8", "ignore"),
+        cause=scalars.EXIT_CAUSE.or_unspecified(it.cause),
+        explanation=text(it.explanation),
     )
 
 
@@ -212,6 +214,19 @@ def server_info(it: model.ServerFacts) -> server_service_pb2.GetServerInfoRespon
         reflink=it.reflink,
         image_free_bytes=max(0, it.image_free_bytes),
         staging_free_bytes=max(0, it.staging_free_bytes),
+        memory=memory_use(it.memory),
+    )
+
+
+def memory_use(it: model.MemoryUse) -> server_service_pb2.MemoryUse:
+    """The memory budget and what is counted against it."""
+    return server_service_pb2.MemoryUse(
+        budget_bytes=it.budget_bytes,
+        used_bytes=it.used_bytes,
+        sandbox_bytes=it.sandbox_bytes,
+        headroom_bytes=it.headroom_bytes,
+        staging_bytes=it.staging_bytes,
+        child_headroom_bytes=it.child_headroom_bytes,
     )
 
 

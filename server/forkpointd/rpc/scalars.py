@@ -71,6 +71,7 @@ class EnumMap(Generic[M, V]):
 SANDBOX_STATE = EnumMap(model.SandboxState, sandbox_pb2.SandboxState)
 WISHED_STATE = EnumMap(model.WishedState, sandbox_pb2.WishedState)
 EXPIRY_ACTION = EnumMap(model.ExpiryAction, sandbox_pb2.ExpiryAction)
+EXIT_CAUSE = EnumMap(model.ExitCause, sandbox_pb2.SandboxExitCause)
 VMM_KIND = EnumMap(model.VmmKind, sandbox_pb2.VmmKind)
 DIRTY_BASE_STATE = EnumMap(model.DirtyBaseState, sandbox_pb2.DirtyBaseState)
 BRANCH_MODE = EnumMap(model.BranchMode, snapshot_pb2.BranchMode)

@@ -23,6 +23,7 @@ from forkpointd.model import (
     ForkpointError,
     ForkSpec,
     ForkStage,
+    Machine,
     Problem,
     Reason,
     Sandbox,
@@ -33,6 +34,7 @@ from forkpointd.model import Fork as ForkRow
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.feed import Feed
 from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.memory import Promise
 from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.service import Sandboxes, new_id, start_failure
 from forkpointd.sandboxes.tasks import Tasks
@@ -60,6 +62,8 @@ class Forks:
         self._registry: Registry = sandboxes.registry
         self._feeds: dict[str, Feed[ForkRow]] = {}
         self._admissions: Repeats[ForkRow] = Repeats(self._registry, self.tasks)
+        self._promised: dict[str, Promise] = {}
+        """For children of forks that wait for their snapshot."""
         self._starts = asyncio.Semaphore(concurrent_starts)
 
     # --- looking ---
@@ -98,15 +102,24 @@ class Forks:
             fork = new_fork(order.spec, order.snapshot_id, branch_id=None)
             fork = replace(fork, stage=ForkStage.STARTING)
             rows = self._child_rows(fork, snapshot)
-            await self._registry.insert_fork(fork, rows, order.request)
-            lives = [self._sandboxes.hold_row(row) for row in rows]
+            with await self.memory_for(fork, snapshot.machine):
+                await self._registry.insert_fork(fork, rows, order.request)
+                lives = [self._sandboxes.hold_row(row) for row in rows]
         self._feeds[fork.fork_id] = Feed(fork)
         self.tasks.start_unwatched(self._run(fork, lives, stored), f"fork {fork.fork_id}")
         return fork
 
-    def show(self, fork: ForkRow) -> None:
-        """Lets an unfinished fork be watched."""
+    async def memory_for(self, fork: ForkRow, machine: Machine) -> Promise:
+        """Memory for the children of a fork, until the promise is released. Raises NO_MEMORY."""
+        children = "1 child" if fork.spec.count == 1 else f"{fork.spec.count} children"
+        what = f"{children} of snapshot {fork.snapshot_id}"
+        return await self._sandboxes.memory_for(fork.spec.count, machine, what)
+
+    def show(self, fork: ForkRow, memory: Promise | None = None) -> None:
+        """Lets an unfinished fork be watched; takes over what its children are promised."""
         self._feeds[fork.fork_id] = Feed(fork)
+        if memory is not None:
+            self._promised[fork.fork_id] = memory
 
     async def run_queued(self, fork_id: str, snapshot: Snapshot) -> ForkRow:
         """Starts the children of a fork that waited for `snapshot`; returns it ended."""
@@ -130,6 +143,7 @@ class Forks:
                 rows.append(row)
         await self._registry.insert_sandboxes(rows)
         lives = [self._sandboxes.hold_row(row) for row in rows]
+        self._release_memory(fork.fork_id)  # from here on the rows count
         return await self._run(fork, lives, stored, taken)
 
     async def fail(self, fork_id: str, problem: Problem) -> ForkRow:
@@ -320,10 +334,16 @@ class Forks:
     async def _end(self, fork: ForkRow, stage: ForkStage, problem: Problem | None) -> ForkRow:
         fork = replace(fork, sequence=fork.sequence + 1, stage=stage, error=problem, end_time=now())
         await self._registry.put_fork(fork)
+        self._release_memory(fork.fork_id)
         self._feeds.pop(fork.fork_id).publish(fork, milestone=True, ended=True)
         if any(child.state is not ForkChildState.READY for child in fork.children):
             self.tasks.start_unwatched(self._sandboxes.snapshots.collect(), "collect snapshots")
         return fork
+
+    def _release_memory(self, fork_id: str) -> None:
+        promise = self._promised.pop(fork_id, None)
+        if promise is not None:
+            promise.release()
 
     async def close(self) -> None:
         """Stops following forks; a restart finishes them."""

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forkpointd.images import Extents
-from forkpointd.model import DirtyBase, ForkpointError, Reason, Sandbox, SandboxState
+from forkpointd.model import (
+    DirtyBase,
+    ForkpointError,
+    Reason,
+    Sandbox,
+    SandboxExit,
+    SandboxState,
+)
 from forkpointd.registry import Registry
 from forkpointd.vmm import Vmm
 
@@ -84,7 +91,7 @@ class LiveSandbox:
             )
         if state is SandboxState.STOPPED or self.vmm is None:
             exit_ = self.row.exit
-            how = "" if exit_ is None else f" ({describe_exit(exit_.exit_code, exit_.signal)})"
+            how = "" if exit_ is None else f" ({describe_exit(exit_)})"
             raise ForkpointError(
                 Reason.SANDBOX_NOT_RUNNING,
                 f"sandbox {self.sandbox_id} does not run: its process has ended{how}. Its console "
@@ -116,11 +123,13 @@ class RowDraft:
         self.row = row
 
 
-def describe_exit(exit_code: int, signal: int) -> str:
+def describe_exit(exit_: SandboxExit) -> str:
     """How a process ended, in words."""
-    if signal:
-        return f"ended by signal {signal}"
-    return "exit code not known" if exit_code < 0 else f"exit code {exit_code}"
+    if exit_.signal:
+        how = f"ended by signal {exit_.signal}"
+    else:
+        how = "exit code not known" if exit_.exit_code < 0 else f"exit code {exit_.exit_code}"
+    return f"{how}: {exit_.explanation}" if exit_.explanation else how
 
 
 def deleted(sandbox_id: str) -> ForkpointError:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 import secrets
+import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -24,7 +26,9 @@ from forkpointd.model import (
     DirtyBase,
     ForkpointError,
     Machine,
+    MemoryUse,
     Page,
+    ProcessRecord,
     Reason,
     Sandbox,
     SandboxChange,
@@ -37,17 +41,20 @@ from forkpointd.model import (
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.folders import Folders
 from forkpointd.sandboxes.live import LiveSandbox, describe_exit, not_found, remove_diffs
+from forkpointd.sandboxes.memory import Counted, MemoryBudget, Promise
 from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, check_drives, check_memory
 from forkpointd.sandboxes.tasks import Tasks
-from forkpointd.vmm import Vmm, VmmFault, VmmGone, read_last_words
+from forkpointd.vmm import OomKills, Vmm, VmmFault, VmmGone, read_last_words
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 BOOT_HINT = ". Look at the kernel image, the initrd, the boot arguments and the drives"
+NOT_SEEN = (-1, 0)
+"""Exit code and signal of an adopted process."""
 VMSTATE_DAMAGED = "snapshot state from file"
 """In what Firecracker says of a vmstate that it can't read, the one file that has a CRC."""
 RECHECK_FIRST_SECONDS = 0.1
@@ -64,6 +71,8 @@ class Sandboxes:
         folders: Folders,
         snapshots: Snapshots,
         starter: Starter,
+        memory: MemoryBudget,
+        oom_kills: OomKills,
         files: Executor,
         call_timeout_seconds: float,
     ) -> None:
@@ -76,6 +85,8 @@ class Sandboxes:
         self.expiry_changed: Callable[[], None] = lambda: None
         """Called when some sandbox's expire_time may have changed."""
         self.starter = starter
+        self._memory = memory
+        self._oom_kills = oom_kills
         self._files = files
         self._call_timeout_seconds = call_timeout_seconds
         self._live: dict[str, LiveSandbox] = {}
@@ -147,33 +158,65 @@ class Sandboxes:
             row = self.new_row(
                 order.sandbox_id or new_id("sb"), order.boot.machine, DirtyBase.empty()
             )
-            row = replace(row, boot=order.boot)
-            stored = None
-        else:
-            assert order.snapshot_id is not None, "the edge checks that there is a source"
-            with self.snapshots.hold(order.snapshot_id):
-                snapshot = await self.snapshots.get(order.snapshot_id)
-                stored = await starter.check_loadable(order.snapshot_id)
-                row = self.new_row(
-                    order.sandbox_id or new_id("sb"),
-                    snapshot.machine,
-                    DirtyBase.of(snapshot.snapshot_id),
-                )
-                row = replace(
-                    row,
-                    snapshot_id=snapshot.snapshot_id,
-                    source_sandbox_id=snapshot.source_sandbox_id,
-                )
-                row = _with_order(row, order)
-                await self._insert(row, order)
-                return row, stored
-        row = _with_order(row, order)
-        await self._insert(row, order)
-        return row, stored
+            row = _with_order(replace(row, boot=order.boot), order)
+            await self._insert(row, order)
+            return row, None
+        assert order.snapshot_id is not None, "the edge checks that there is a source"
+        with self.snapshots.hold(order.snapshot_id):
+            snapshot = await self.snapshots.get(order.snapshot_id)
+            stored = await starter.check_loadable(order.snapshot_id)
+            row = self.new_row(
+                order.sandbox_id or new_id("sb"),
+                snapshot.machine,
+                DirtyBase.of(snapshot.snapshot_id),
+            )
+            row = replace(
+                row,
+                snapshot_id=snapshot.snapshot_id,
+                source_sandbox_id=snapshot.source_sandbox_id,
+            )
+            row = _with_order(row, order)
+            await self._insert(row, order)
+            return row, stored
 
     async def _insert(self, row: Sandbox, order: CreateOrder) -> None:
-        await self.registry.insert_sandboxes([row], order.request)
-        self.hold_row(row)
+        with await self.memory_for(1, row.machine, f"sandbox {row.sandbox_id}"):
+            await self.registry.insert_sandboxes([row], order.request)
+            self.hold_row(row)
+
+    # --- memory ---
+
+    async def memory_for(self, count: int, machine: Machine, what: str) -> Promise:
+        """Memory for `count` sandboxes, counted until the promise is released: by then they have
+        their rows. Raises NO_MEMORY with the figures."""
+        await self._memory.refresh(self._counted())
+        return self._memory.promise(self._counted(), count, machine.memory_bytes, what)
+
+    async def memory_use(self) -> MemoryUse:
+        """The memory budget and what is counted against it."""
+        await self._memory.refresh(self._counted())
+        return self._memory.use(self._counted())
+
+    def _counted(self) -> Sequence[Counted]:
+        """All that have memory, or are about to."""
+        return [
+            Counted(None if vmm is None else vmm.record.pid, live.row.machine.memory_bytes)
+            for live in self._live.values()
+            for vmm in (live.vmm,)
+            if live.row.state is SandboxState.CREATING
+            or (vmm is not None and not vmm.exited.done())
+        ]
+
+    async def becomes_source(self, live: LiveSandbox) -> None:
+        """A sandbox that was branched goes later where memory is short (`vmm.oom_order`)."""
+        order = self.starter.oom_order
+        if order is not None and live.vmm is not None:
+            try:
+                await live.vmm.set_oom_score_adj(order.source)
+            except OSError as error:
+                log.warning("sandbox %s keeps its oom_score_adj: %s", live.sandbox_id, error)
+
+    # --- rows and processes ---
 
     def new_row(self, sandbox_id: str, machine: Machine, base: DirtyBase) -> Sandbox:
         """The row of a sandbox that is about to be started here."""
@@ -236,10 +279,12 @@ class Sandboxes:
     async def _note_exit(self, live: LiveSandbox, vmm: Vmm, exit_: SandboxExit) -> None:
         if live.vmm is not vmm or live.row.state is SandboxState.DELETING:
             return
+        if exit_.signal == signal.SIGKILL or (exit_.exit_code, exit_.signal) == NOT_SEEN:
+            exit_ = await self.with_cause(exit_, vmm.record)
         log.warning(
             "sandbox %s: its VMM %s; last words: %s",
             live.sandbox_id,
-            describe_exit(exit_.exit_code, exit_.signal),
+            describe_exit(exit_),
             exit_.last_words or "none",
         )
         await live.edit(
@@ -249,6 +294,22 @@ class Sandboxes:
                 else replace(row, state=SandboxState.STOPPED, exit=exit_, expire_time=None)
             )
         )
+
+    async def with_cause(
+        self, exit_: SandboxExit, record: ProcessRecord, *, just_now: bool = True
+    ) -> SandboxExit:
+        """The end of a process that this server did not end, with the out-of-memory killer as its
+        cause where there is evidence; `just_now` as for `OomKills.find`."""
+        try:
+            verdict = await self._run(
+                functools.partial(self._oom_kills.find, record, just_now=just_now)
+            )
+        except OSError as error:
+            log.warning("why process %d ended can't be told: %s", record.pid, error)
+            return exit_
+        if verdict is None:
+            return exit_
+        return replace(exit_, cause=verdict.cause, explanation=verdict.explanation)
 
     async def last_words(self, live: LiveSandbox) -> str:
         """The ends of what Firecracker logged and wrote to its standard error."""

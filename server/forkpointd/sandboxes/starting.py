@@ -2,7 +2,7 @@
 
 A failed load ends Firecracker's process, so everything that can be refused is refused before it
 (`check_loadable`): a host that doesn't fit, a damaged image, a drive that is not the one that the
-snapshot was taken with (DESIGN promise 7).
+snapshot was taken with (docs/design/promises.md, 7).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from forkpointd.sandboxes.folders import Folders
 from forkpointd.vmm import (
     ApiRequest,
     Binary,
+    OomOrder,
     Vmm,
     boot_requests,
     load_requests,
@@ -62,8 +63,11 @@ class Starter:
         host: HostFacts,
         strict_host: bool,
         calls: Executor,
+        oom_order: OomOrder | None = None,
     ) -> None:
+        """Without `oom_order` the out-of-memory killer takes whom it likes."""
         self.binary = binary
+        self.oom_order = oom_order
         self._folders = folders
         self._store = store
         self._host = host
@@ -132,7 +136,14 @@ class Starter:
             requests,
             executor=self._calls,
             prepare=lambda: self._folders.make(row.sandbox_id, row.machine.drives),
+            oom_score_adj=self._oom_score_adj(row),
         )
+
+    def _oom_score_adj(self, row: Sandbox) -> int | None:
+        """What was booted is a source from the start: nothing else has its state."""
+        if self.oom_order is None:
+            return None
+        return self.oom_order.child if row.boot is None else self.oom_order.source
 
 
 def check_kernel(kernel: Path) -> None:
@@ -160,7 +171,7 @@ def _no_kernel(kernel: Path, why: str) -> ForkpointError:
 
 
 def check_drives(drives: tuple[Drive, ...]) -> None:
-    """Refuses writable drives: two children would write to the same file (DESIGN promise 5)."""
+    """Refuses writable drives: two children would write to the same file."""
     for drive in drives:
         if not drive.read_only:
             raise ForkpointError(

@@ -23,9 +23,12 @@ from forkpointd.vmm.binary import (
     simulator_binary,
     snapshot_version,
 )
+from forkpointd.vmm.cgroups import MemoryCgroup, memory_cgroup
 from forkpointd.vmm.identity import Orphan, end_orphans, find_orphans
 from forkpointd.vmm.latencies import WindowLatencies, trim_metrics
 from forkpointd.vmm.machine import Vmm, VmmInfo
+from forkpointd.vmm.oom_kills import OomKills, Verdict
+from forkpointd.vmm.oom_order import OomOrder, take_place
 from forkpointd.vmm.process import (
     CONSOLE_INPUT_NAME,
     CONSOLE_OUTPUT_NAME,
@@ -33,6 +36,7 @@ from forkpointd.vmm.process import (
     Launched,
     boot_id,
     launch,
+    resident_bytes,
 )
 from forkpointd.vmm.requests import boot_requests, link_drives, load_requests
 from forkpointd.vmm.window import MAX_WINDOW_BYTES, Window, WindowOutcome
@@ -49,7 +53,11 @@ __all__ = [
     "ApiRequest",
     "Binary",
     "Launched",
+    "MemoryCgroup",
+    "OomKills",
+    "OomOrder",
     "Orphan",
+    "Verdict",
     "Vmm",
     "VmmError",
     "VmmFault",
@@ -66,10 +74,13 @@ __all__ = [
     "launch",
     "link_drives",
     "load_requests",
+    "memory_cgroup",
     "memory_write_failed",
     "read_last_words",
+    "resident_bytes",
     "simulator_binary",
     "snapshot_version",
+    "take_place",
     "trim_head",
     "trim_log",
     "trim_metrics",

@@ -24,7 +24,17 @@ from forkpointd.vmm import identity
 from forkpointd.vmm.api import ApiConnection, ApiRequest, VmmFault
 from forkpointd.vmm.binary import Binary
 from forkpointd.vmm.latencies import WindowLatencies, read_latencies
-from forkpointd.vmm.process import Abandon, Launched, exit_of, kill, launch, reap, send_kill
+from forkpointd.vmm.oom_order import open_score, write_score
+from forkpointd.vmm.process import (
+    Abandon,
+    Launched,
+    exit_of,
+    has_ended,
+    kill,
+    launch,
+    reap,
+    send_kill,
+)
 from forkpointd.vmm.window import (
     PAUSE_REQUEST,
     RESUME_REQUEST,
@@ -102,10 +112,11 @@ class Vmm:
         executor: Executor,
         *,
         prepare: Callable[[], None] | None = None,
+        oom_score_adj: int | None = None,
         call_seconds: float = CALL_SECONDS,
     ) -> Vmm:
         """Starts a VMM in `folder`, made by `prepare` (in the same thread, right before), and has
-        it do `setup`.
+        it do `setup`. `oom_score_adj` as for `process.launch`.
 
         If this fails, or is cancelled, the process is gone. Raises what `process.launch` and
         `prepare` raise.
@@ -115,7 +126,7 @@ class Vmm:
         def work() -> Launched:
             if prepare is not None:
                 prepare()
-            return launch(binary, folder, sandbox_id, setup, abandon)
+            return launch(binary, folder, sandbox_id, setup, abandon, oom_score_adj)
 
         thread = asyncio.get_running_loop().run_in_executor(executor, work)
         try:
@@ -217,6 +228,13 @@ class Vmm:
         guest since. Raises VmmFault, VmmGone, TimeoutError, OSError."""
         full, seconds = self._last_window_full, self._call_seconds
         return await self._run(lambda: read_latencies(self.folder, full=full, timeout=seconds))
+
+    async def set_oom_score_adj(self, score_adj: int) -> None:
+        """Moves it in the order of the out-of-memory killer (see `oom_order`). Raises OSError."""
+        if self._pidfd >= 0:
+            # The descriptor keeps its number from being given again while the thread looks.
+            pidfd = os.dup(self._pidfd)
+            await self._run(lambda: _set_score(self.record.pid, pidfd, score_adj))
 
     # --- ending ---
 
@@ -331,6 +349,23 @@ def _drop(thread: asyncio.Future[Any]) -> None:
         result = thread.result()
         if isinstance(result, Window):
             result.close()
+
+
+def _set_score(pid: int, pidfd: int, score_adj: int) -> None:
+    """Takes `pidfd` over. Does nothing for a process that has ended."""
+    try:
+        fd = open_score(pid)
+        try:
+            # As long as it has not ended its pid is nobody else's, and what was opened stands for
+            # it for good.
+            if not has_ended(pidfd):
+                write_score(fd, score_adj)
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    finally:
+        os.close(pidfd)
 
 
 def _end_launched(pidfd: int) -> None:

@@ -35,6 +35,7 @@ from forkpointd.vmm.api import (
     VmmGone,
 )
 from forkpointd.vmm.binary import Binary
+from forkpointd.vmm.oom_order import place
 from forkpointd.vmm.words import ERROR_NAME, LOG_NAME, read_last_words
 
 CONSOLE_INPUT_NAME = "console.in"
@@ -98,9 +99,10 @@ def launch(
     sandbox_id: str,
     requests: Sequence[ApiRequest],
     abandon: Abandon | None = None,
+    oom_score_adj: int | None = None,
 ) -> Launched:
     """Starts a VMM in `folder` (which is there, and has no console and no socket yet) and has it
-    do `requests`.
+    do `requests`. Without `oom_score_adj` (see `oom_order`) it has the server's own.
 
     If this fails the process is gone and reaped. Raises VmmFault with the VMM's own words where it
     refused something, VmmGone with its last words where it ended, TimeoutError after
@@ -116,6 +118,8 @@ def launch(
         os.waitpid(pid, 0)
         raise
     try:
+        if oom_score_adj is not None:  # before it has any memory to speak of
+            place(pid, oom_score_adj)
         record = record_of(pid)
         replies = _set_up(folder, pidfd, requests, abandon or Abandon())
     except BaseException as error:
@@ -252,6 +256,28 @@ def start_ticks(pid: int) -> int:
         line = opened.read(4096)
     # Field 2 is the name in parentheses, which may hold spaces and parentheses itself.
     return int(line[line.rindex(b")") + 2 :].split()[19])
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is its own: anonymous and shared pages (proc_pid_status(5)), which a
+    guest's are. Kept as counters by the kernel, 6 us a look; smaps_rollup walks all page tables
+    (10 ms a GiB) and keeps the guest from having new pages meanwhile. 0 for a process that is
+    gone."""
+    try:
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    try:
+        text = os.read(fd, 16384)
+    except ProcessLookupError:
+        return 0
+    finally:
+        os.close(fd)
+    return 1024 * sum(
+        int(line.split()[1])
+        for line in text.splitlines()
+        if line.startswith((b"RssAnon:", b"RssShmem:"))
+    )
 
 
 # --- how it ends -------------------------------------------------------------------------------

@@ -51,7 +51,9 @@ def sandbox(sandbox_id: str = "agent-7", **changes: object) -> model.Sandbox:
         "last_diff_bytes": 4096,
         "process": model.ProcessRecord("boot", 4242, 99, Path("/fc"), 1, 2),
         "start_time": at(1),
-        "exit": model.SandboxExit(at(2), -1, 9, "killed"),
+        "exit": model.SandboxExit(
+            at(2), -1, 9, "killed", model.ExitCause.OUT_OF_MEMORY, "too much: take less"
+        ),
     }
     return model.Sandbox(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -148,4 +150,5 @@ def facts() -> model.ServerFacts:
         reflink=True,
         image_free_bytes=1 << 40,
         staging_free_bytes=1 << 30,
+        memory=model.MemoryUse(1 << 34, 1 << 31, 1 << 28, 1 << 27, 1 << 24),
     )

@@ -50,6 +50,7 @@ from forkpointd.images.staging import (
     StagingArea,
     StagingNames,
     StagingProbe,
+    allocated_bytes,
     probe_staging,
 )
 from forkpointd.images.store import Draft, SnapshotStore, StoredSnapshot, data_bytes_of
@@ -79,6 +80,7 @@ __all__ = [
     "Stopped",
     "StoredExtents",
     "StoredSnapshot",
+    "allocated_bytes",
     "can_read",
     "can_reflink",
     "check_fits",

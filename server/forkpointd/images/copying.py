@@ -2,7 +2,9 @@
 
 All of them work in chunks. Before each chunk `gate()` is called, a place where a copy can be made
 to hold still, then `should_stop()`; after it `progress(bytes)` with what has just landed in the
-target. They never map a file and never look at what the bytes are (`zeros` does, of FULL ones).
+target. `drop_behind` takes what was copied out of the page cache again, where it would push out
+what guests use; pages that some process has mapped stay. They never map a file and never look at
+what the bytes are (`zeros` does, of FULL ones).
 
 A diff is laid by the extents that were stored for it (`extents.load_extents`), whatever SEEK_DATA
 says by then; a base image is read by SEEK_DATA, since a hole of an image is zeros.
@@ -61,6 +63,7 @@ def copy_image(
     should_stop: ShouldStop,
     gate: Gate,
     chunk_bytes: int = CHUNK_BYTES,
+    drop_behind: bool = False,
     on_total: Progress | None = None,
 ) -> CopyResult:
     """Makes `image_path`, which must not exist, equal to the image `base_path` of `size_bytes`.
@@ -72,7 +75,7 @@ def copy_image(
     Raises Stopped, ImageError (the base has another size), FileExistsError, OSError with the path
     (ENOSPC); then there is no `image_path`, unless it was there before.
     """
-    steps = Steps(progress, should_stop, gate, chunk_bytes)
+    steps = Steps(progress, should_stop, gate, chunk_bytes, drop_behind)
     with open_file(base_path, os.O_RDONLY) as base:
         _check_size(base, size_bytes)
         steps.before_chunk()
@@ -94,6 +97,7 @@ def copy_whole(
     should_stop: ShouldStop,
     gate: Gate,
     chunk_bytes: int = CHUNK_BYTES,
+    drop_behind: bool = False,
     on_total: Progress | None = None,
 ) -> CopyResult:
     """Makes `image_path` equal to a whole file (a vmstate, say), holes as holes.
@@ -101,7 +105,7 @@ def copy_whole(
     A file that was there under that name is unlinked first, never written into: it may have
     another name. Raises Stopped, ImageError, OSError with the path; then there is no `image_path`.
     """
-    steps = Steps(progress, should_stop, gate, chunk_bytes)
+    steps = Steps(progress, should_stop, gate, chunk_bytes, drop_behind)
     with open_file(staged_path, os.O_RDONLY) as staged:
         if staged.is_at(image_path):
             raise ImageError(f"{image_path} is {staged_path} itself")
@@ -119,6 +123,7 @@ def merge_diff(
     should_stop: ShouldStop,
     gate: Gate,
     chunk_bytes: int = CHUNK_BYTES,
+    drop_behind: bool = False,
 ) -> int:
     """Lays exactly `extents` of the diff over the image, zeros included; returns their bytes.
 
@@ -126,7 +131,7 @@ def merge_diff(
     Nothing is synced. Raises Stopped, ImageError (a size doesn't fit), OSError with the path
     (ENOSPC); then the image is neither the old nor the new one, and the diff is untouched.
     """
-    steps = Steps(progress, should_stop, gate, chunk_bytes)
+    steps = Steps(progress, should_stop, gate, chunk_bytes, drop_behind)
     with open_file(diff_path, os.O_RDONLY) as diff, open_file(image_path, os.O_RDWR) as image:
         if diff.is_at(image_path):
             raise ImageError(f"{image_path} is {diff_path} itself")

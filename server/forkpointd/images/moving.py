@@ -10,7 +10,8 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,9 @@ CHUNK_EXTENTS = 256
 WRITEBACK_RUN_BYTES = 256 * 1024
 """Runs from this size on are given to the disk at once: a copy and its fsync took a quarter less
 time together. For scattered pages it cost more than it gave."""
+
+CHUNKS_BEHIND = 4
+"""The disk has so many chunks to write at a time where they are dropped behind."""
 
 _NO_COPY_FILE_RANGE = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
@@ -48,6 +52,8 @@ class Steps:
     should_stop: ShouldStop
     gate: Gate
     chunk_bytes: int
+    drop_behind: bool = False
+    """Take what was copied out of the page cache again: it would push out what guests use."""
 
     def before_chunk(self) -> None:
         """Holds still as long as the gate wants; raises Stopped."""
@@ -124,6 +130,7 @@ def move(source: OpenFile, target: OpenFile, extents: Extents, steps: Steps) -> 
     moved = 0
     by_kernel = True
     buffer: memoryview | None = None
+    behind: deque[list[Piece]] = deque()
     for chunk, count in chunks(extents, steps.chunk_bytes):
         steps.before_chunk()
         if by_kernel:
@@ -134,7 +141,13 @@ def move(source: OpenFile, target: OpenFile, extents: Extents, steps: Steps) -> 
             _copy_by_buffer(source, target, chunk, buffer)
         start_writeback(target, chunk)
         moved += count
+        if steps.drop_behind:
+            behind.append(chunk)
+            if len(behind) > CHUNKS_BEHIND:
+                leave_cache((source, target), behind.popleft())
         steps.progress(count)
+    for chunk in behind:
+        leave_cache((source, target), chunk)
     return moved
 
 
@@ -230,6 +243,17 @@ def start_writeback(target: OpenFile, chunk: list[Piece]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
             raise target.named(error) from error
+
+
+def leave_cache(files: Iterable[OpenFile], chunk: list[Piece]) -> None:
+    """Takes a chunk of some files out of the page cache. Raises OSError with the path."""
+    start, end = chunk[0][0], chunk[-1][0] + chunk[-1][1]
+    for file in files:
+        try:
+            syscalls.leave_cache(file.fd, start, end - start)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise file.named(error) from error
 
 
 def _ended_early(source: OpenFile, offset: int) -> ImageError:

@@ -29,6 +29,8 @@ _FICLONE = 0x40049409
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_ALL = 7
+"""Waits for what is being written, writes, and waits for that."""
 
 _FILESYSTEM_NAMES = {
     0x01021994: "tmpfs",
@@ -88,6 +90,15 @@ def start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:
     if _libc.sync_file_range(fd, offset_bytes, length_bytes, _SYNC_FILE_RANGE_WRITE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def leave_cache(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Takes a range of a file out of the page cache, written to the disk first if need be; pages
+    that some process has mapped stay. Promises nothing. Blocks for the disk. Raises OSError."""
+    if _libc.sync_file_range(fd, offset_bytes, length_bytes, _SYNC_FILE_RANGE_ALL) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    os.posix_fadvise(fd, offset_bytes, length_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def filesystem_of(path: Path) -> str:

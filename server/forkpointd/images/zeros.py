@@ -31,6 +31,7 @@ from forkpointd.images.moving import (
     Steps,
     chunks,
     create_file,
+    leave_cache,
     open_file,
     read_all,
     start_writeback,
@@ -55,6 +56,7 @@ def copy_full(
     should_stop: ShouldStop,
     gate: Gate,
     chunk_bytes: int = CHUNK_BYTES,
+    drop_behind: bool = False,
 ) -> CopyResult:
     """Makes `image_path` equal to the memory file of a FULL window, with holes for its zeros.
 
@@ -62,7 +64,7 @@ def copy_full(
     under that name is unlinked first, never written into: it may have another name. Raises
     Stopped, ImageError, OSError with the path; then there is no `image_path`.
     """
-    steps = Steps(progress, should_stop, gate, chunk_bytes)
+    steps = Steps(progress, should_stop, gate, chunk_bytes, drop_behind)
     with open_file(staged_path, os.O_RDONLY) as staged:
         if staged.is_at(image_path):
             raise ImageError(f"{image_path} is {staged_path} itself")
@@ -82,6 +84,8 @@ def copy_full(
                         start_writeback(image, [(run_offset, len(run))])
                         written += len(run)
                 copied += written
+                if drop_behind:
+                    leave_cache((staged, image), chunk)
                 progress(written)
                 left_out(count - written)
             return CopyResult(CopyMethod.COPY, copied, size_bytes - copied, size_bytes)
@@ -94,6 +98,7 @@ def punch_zeros(
     should_stop: ShouldStop,
     gate: Gate,
     chunk_bytes: int = CHUNK_BYTES,
+    drop_behind: bool = False,
 ) -> int:
     """Makes holes of the zeros in the memory file of a FULL window, in place; what it reads as
     stays. Returns the bytes given back, 0 where the file system can't.
@@ -101,7 +106,7 @@ def punch_zeros(
     `progress` counts bytes that were looked at. Raises Stopped, ImageError, OSError with the path;
     the file is then still whole.
     """
-    steps = Steps(progress, should_stop, gate, chunk_bytes)
+    steps = Steps(progress, should_stop, gate, chunk_bytes, drop_behind)
     with open_file(path, os.O_RDWR) as image:
         reader = _Reader(image, chunk_bytes)
         punched = 0
@@ -116,6 +121,8 @@ def punch_zeros(
                             return punched
                         raise image.named(error) from error
                     punched += len(run)
+            if drop_behind:
+                leave_cache((image,), chunk)
             progress(count)
         return punched
 

@@ -23,6 +23,7 @@ import forkpointd
 from forkpointd.branching.admission import Admission
 from forkpointd.branching.imaging import CopyWorkers
 from forkpointd.branching.opening import Windows
+from forkpointd.branching.page_cache import PageCache
 from forkpointd.branching.prediction import PausePredictor
 from forkpointd.branching.quiet import Bandwidth, Quiet
 from forkpointd.branching.service import Branches
@@ -190,9 +191,10 @@ class Daemon:
         stack.push_async_callback(forks.close)
         predictor = PausePredictor()
         quiet, bandwidth = Quiet(), Bandwidth(settings.precopy_bytes_per_second)
+        page_cache = PageCache(cgroup)
 
         def copy_workers(executor: Executor) -> CopyWorkers:
-            return CopyWorkers(executor, settings.concurrent_copies, quiet, bandwidth)
+            return CopyWorkers(executor, settings.concurrent_copies, quiet, bandwidth, page_cache)
 
         branches = Branches(
             Workshop(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from forkpointd.branching import quiet as quiet_module
+from forkpointd.branching.page_cache import PageCache
 from forkpointd.branching.quiet import Bandwidth, Pace, Quiet
 
 SECONDS = 10.0
@@ -101,7 +102,7 @@ def test_bytes_take_their_time_and_a_rest_earns_no_burst(clock: Clock) -> None:
 def test_two_copies_share_the_bandwidth(clock: Clock) -> None:
     bandwidth = Bandwidth(1_000)
     told: list[int] = []
-    progress = Pace(never, Quiet(), bandwidth).paying(told.append)
+    progress = Pace(never, Quiet(), bandwidth, PageCache(None)).paying(told.append)
     with ThreadPoolExecutor(2) as threads:
         for _ in threads.map(progress, [500] * 8):
             pass

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from forkpointd.branching.page_cache import PageCache
 from forkpointd.branching.quiet import Bandwidth, Pace, Quiet
 from forkpointd.images import (
     CopyResult,
     Draft,
     Reservation,
     SnapshotStore,
+    allocated_bytes,
     copy_full,
     copy_image,
     copy_whole,
@@ -64,12 +66,18 @@ class CopyWorkers:
     """Threads for copies: so many at once, the others wait in order."""
 
     def __init__(
-        self, executor: Executor, at_once: int, quiet: Quiet, bandwidth: Bandwidth
+        self,
+        executor: Executor,
+        at_once: int,
+        quiet: Quiet,
+        bandwidth: Bandwidth,
+        page_cache: PageCache,
     ) -> None:
         self._executor = executor
         self._slots = asyncio.Semaphore(at_once)
         self._quiet = quiet
         self._bandwidth = bandwidth
+        self._page_cache = page_cache
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -80,7 +88,7 @@ class CopyWorkers:
     async def run(self, work: Callable[[Pace], T]) -> T:
         """Runs `work(pace)` in a thread. Cancelling tells it to stop, and waits for it."""
         stop = threading.Event()
-        pace = Pace(stop.is_set, self._quiet, self._bandwidth)
+        pace = Pace(stop.is_set, self._quiet, self._bandwidth, self._page_cache)
         future = asyncio.get_running_loop().run_in_executor(self._executor, work, pace)
         try:
             return await asyncio.shield(future)
@@ -108,6 +116,7 @@ def make_base_image(
         make_empty_image(image_path, memory_bytes)
     else:
         source = store.open(base.snapshot_id).memory_path
+        cached_twice = 2 * allocated_bytes(source)
 
         def sized(count: int) -> None:
             meter.total_bytes += count
@@ -119,6 +128,7 @@ def make_base_image(
             progress=pace.paying(meter.add),
             should_stop=pace.should_stop,
             gate=pace.gate,
+            drop_behind=pace.page_cache.is_crowded_by(cached_twice),
             on_total=sized,
         )
     for diff, loaded in diffs:
@@ -129,6 +139,7 @@ def make_base_image(
             progress=pace.paying(meter.add),
             should_stop=pace.should_stop,
             gate=pace.gate,
+            drop_behind=pace.page_cache.is_crowded_by(diff.data_bytes),
         )
     return result
 
@@ -164,6 +175,7 @@ def merge_staged_diff(staged: Staged, draft: Draft, meter: Meter, pace: Pace) ->
         progress=pace.paying(meter.add),
         should_stop=pace.should_stop,
         gate=pace.gate,
+        drop_behind=pace.page_cache.is_crowded_by(meter.total_bytes),
     )
 
 
@@ -173,12 +185,14 @@ def place_staged_full(staged: Staged, draft: Draft, meter: Meter, pace: Pace) ->
     nothing."""
     meter.total_bytes = staged.memory_path.stat().st_size
     _copy_vmstate(staged, draft, pace)
+    crowded = pace.page_cache.is_crowded_by(meter.total_bytes)
     if staged.kind is StagingKind.DISK:
         punch_zeros(
             staged.memory_path,
             progress=meter.pass_over,
             should_stop=pace.should_stop,
             gate=pace.gate,
+            drop_behind=crowded,
         )
         draft.memory_path.unlink(missing_ok=True)
         os.link(staged.memory_path, draft.memory_path)
@@ -192,6 +206,7 @@ def place_staged_full(staged: Staged, draft: Draft, meter: Meter, pace: Pace) ->
             left_out=meter.pass_over,
             should_stop=pace.should_stop,
             gate=pace.gate,
+            drop_behind=crowded,
         )
     meter.done_bytes = meter.total_bytes
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from forkpointd.branching.page_cache import PageCache
+
 LOOK_SECONDS = 0.05
 """How often a copy that holds still looks whether it was cancelled."""
 
@@ -85,6 +87,7 @@ class Pace:
     should_stop: ShouldStop
     quiet: Quiet
     bandwidth: Bandwidth
+    page_cache: PageCache
 
     def gate(self) -> None:
         """Before a chunk: holds still while a window is open."""

@@ -38,6 +38,11 @@ class MemoryCgroup:
         for memory."""
         return self.folder / ("memory.events" if self.version == 2 else "memory.oom_control")
 
+    @property
+    def mapped_key(self) -> str:
+        """The key, in its `memory.stat`, of the bytes of files that processes have mapped."""
+        return "file_mapped" if self.version == 2 else "total_mapped_file"
+
     def limit_and_use(self) -> tuple[int, int] | None:
         """Bytes that it may have, and bytes that it has and the kernel can't simply take back:
         the page cache of files is not among them. None where there is no limit.

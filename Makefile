@@ -2,7 +2,7 @@
 # and does nothing twice. Nothing needs root, /dev/kvm or a C compiler.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env stubs firecracker firecracker-if-kvm check test demo bench-quick bench dist lock clean
+.PHONY: help env stubs firecracker firecracker-if-kvm check test demo bench-quick bench bench-pause dist lock clean
 
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -43,6 +43,9 @@ bench-quick: env stubs firecracker ## pause windows by plain sockets and through
 
 bench: env stubs firecracker ## the same with the counts whose figures are claimed; no time limit
 	@$(PY) -m bench full $(ARGS)
+
+bench-pause: env stubs firecracker ## the pause window in all its phases, each trial a row; goes on where it stopped (ARGS=--help)
+	@$(PY) -m bench.pause_window $(ARGS)
 
 dist: ## dist/*.whl, built from dist/*.tar.gz in a locked environment of its own
 	@tools/dist

@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def request_bytes(method: str, path: str, body: dict[str, Any]) -> bytes:
     text = json.dumps(body)
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
+
+
+def create_bytes(vmstate: Path, memory: Path, *, full: bool) -> bytes:
+    """The request that writes a snapshot: a Diff, or all of the memory."""
+    body = {"snapshot_path": str(vmstate), "mem_file_path": str(memory)}
+    return request_bytes(
+        "PUT", "/snapshot/create", {**body, "snapshot_type": "Full" if full else "Diff"}
+    )
 
 
 def load_bytes(vmstate: Path, memory: Path) -> bytes:
@@ -172,13 +181,23 @@ class FloorVmm:
         line, _, self._unread = self._unread.partition(b"\n")
         return line.decode("ascii").strip()
 
-    def window(self, staging: Path, memory_bytes: int) -> FloorWindow:
-        """Pause, Diff and resume in one write. The diff is removed again."""
-        memory, vmstate = self._stage(staging, memory_bytes)
-        body = {"snapshot_path": str(vmstate), "mem_file_path": str(memory)}
+    def window(
+        self,
+        staging: Path,
+        memory_bytes: int,
+        *,
+        full: bool = False,
+        allocated: Sequence[tuple[int, int]] = (),
+    ) -> FloorWindow:
+        """Pause, create and resume in one write. What was written is removed again.
+
+        `allocated`: offset and length, in bytes, of the parts of the memory file whose pages are
+        had from the file system before the window opens.
+        """
+        memory, vmstate = self._stage(staging, memory_bytes, allocated)
         requests = (
             request_bytes("PATCH", "/vm", {"state": "Paused"})
-            + request_bytes("PUT", "/snapshot/create", {**body, "snapshot_type": "Diff"})
+            + create_bytes(vmstate, memory, full=full)
             + request_bytes("PATCH", "/vm", {"state": "Resumed"})
         )
         try:
@@ -186,10 +205,29 @@ class FloorVmm:
             self._connection.sendall(requests)
             receive(self._connection, 3)
             end = time.perf_counter_ns()
-            return self._with_latencies((end - start) / 1000)
+            return self._with_latencies((end - start) / 1000, full=full)
         finally:
             for path in (memory, vmstate):
                 path.unlink(missing_ok=True)
+
+    def sequential_window(self, memory: Path, vmstate: Path, *, full: bool = False) -> FloorWindow:
+        """Pause, create and resume one by one, each sent after the reply to the one before. The
+        files stay."""
+        start = time.perf_counter_ns()
+        for request in (
+            request_bytes("PATCH", "/vm", {"state": "Paused"}),
+            create_bytes(vmstate, memory, full=full),
+            request_bytes("PATCH", "/vm", {"state": "Resumed"}),
+        ):
+            self._connection.sendall(request)
+            receive(self._connection, 1)
+        end = time.perf_counter_ns()
+        return self._with_latencies((end - start) / 1000, full=full)
+
+    def load(self, vmstate: Path, memory: Path) -> None:
+        """Becomes a child of a snapshot, which goes on where its source was."""
+        self._connection.sendall(load_bytes(vmstate, memory))
+        receive(self._connection, 1)
 
     def snapshot(self, memory: Path, vmstate: Path) -> None:
         """A Diff over zeros: all that the guest has touched since it was booted."""
@@ -198,21 +236,25 @@ class FloorVmm:
         self.call("PUT", "/snapshot/create", {**body, "snapshot_type": "Diff"})
         self.call("PATCH", "/vm", {"state": "Resumed"})
 
-    def _stage(self, staging: Path, memory_bytes: int) -> tuple[Path, Path]:
+    def _stage(
+        self, staging: Path, memory_bytes: int, allocated: Sequence[tuple[int, int]]
+    ) -> tuple[Path, Path]:
         self._windows += 1
         name = f"{self._process.pid}-{self._windows}"
         memory = staging / f"{name}.m"
         with memory.open("xb") as opened:
             opened.truncate(memory_bytes)
+            for offset, length in allocated:
+                os.posix_fallocate(opened.fileno(), offset, length)
         return memory, staging / f"{name}.v"
 
-    def _with_latencies(self, total_us: float) -> FloorWindow:
+    def _with_latencies(self, total_us: float, *, full: bool) -> FloorWindow:
         self.call("PUT", "/actions", {"action_type": "FlushMetrics"})
         lines = (self.folder / METRICS).read_bytes().splitlines()
         figures = json.loads(lines[-1])["latencies_us"]
         return FloorWindow(
             total_us,
             pause_us=int(figures["pause_vm"]),
-            snapshot_us=int(figures["diff_create_snapshot"]),
+            snapshot_us=int(figures["full_create_snapshot" if full else "diff_create_snapshot"]),
             resume_us=int(figures["resume_vm"]),
         )

@@ -6,6 +6,7 @@ import fcntl
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -47,8 +48,9 @@ class Machine(_Facts):
         return asdict(self)
 
     @classmethod
-    def here(cls, firecracker: Path, images: Path) -> Machine:
-        """The facts of now. `images` is the folder in which images are going to lie."""
+    def here(cls, firecracker: Path, images: Path, *, except_for: Sequence[str] = ()) -> Machine:
+        """The facts of now. `images` is the folder in which images are going to lie; files below
+        the paths of `except_for` (from the repository's root) make no difference to the commit."""
         return cls(
             cpu=_cpu(),
             cpus=os.cpu_count() or 0,
@@ -59,7 +61,7 @@ class Machine(_Facts):
             forkpointd=forkpointd.__version__,
             python=platform.python_version(),
             grpcio=grpc.__version__,
-            commit=_commit(),
+            commit=_commit(except_for),
         )
 
 
@@ -130,10 +132,11 @@ def _firecracker_version(firecracker: Path) -> str:
     return done.stdout.split()[1]
 
 
-def _commit() -> str:
+def _commit(except_for: Sequence[str]) -> str:
+    paths = [f":(exclude){path}" for path in except_for]
     try:
         head = _git("rev-parse", "HEAD")
-        return head + ("+" if _git("status", "--porcelain") else "")
+        return head + ("+" if _git("status", "--porcelain", "--", ".", *paths) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

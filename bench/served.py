@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -40,114 +40,18 @@ class ServedError(Exception):
     """forkpoint did not do what the bench asked of it."""
 
 
-class Served:
-    """A forkpointd on a fresh data folder, and calls to it."""
+def open_channel(socket: Path) -> grpc.Channel:
+    """A channel to the server that listens there."""
+    return grpc.insecure_channel(f"unix:{socket}", [("grpc.max_reconnect_backoff_ms", 100)])
 
-    def __init__(self, scratch: Scratch, firecracker: Path, kernel: Path) -> None:
-        """Takes the names `data` and `server.log` in the scratch's folders."""
-        self._scratch = scratch
-        self._firecracker = firecracker
-        self._root = scratch.disk / "server"
-        self._kernel = self._root / "images" / "witness.elf"
-        self._kernel.parent.mkdir(parents=True)
-        shutil.copyfile(kernel, self._kernel)
-        self._staging = scratch.memory / "server"
-        self._staging.mkdir()
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.callback(self._remove)
-            self._start()
-            stack.callback(self._stop)
-            self._channel = stack.enter_context(
-                grpc.insecure_channel(
-                    f"unix:{self._socket}", [("grpc.max_reconnect_backoff_ms", 100)]
-                )
-            )
-            try:
-                grpc.channel_ready_future(self._channel).result(timeout=START_SECONDS)
-            except grpc.FutureTimeoutError as error:
-                raise ServedError(f"forkpointd does not answer: {self.last_words()}") from error
-            self.sandboxes = sandbox_service_pb2_grpc.SandboxServiceStub(self._channel)
-            self.snapshots = snapshot_service_pb2_grpc.SnapshotServiceStub(self._channel)
-            self._info = server_service_pb2_grpc.ServerServiceStub(self._channel)
-            self._stack = stack.pop_all()
-        return self
+class Calls:
+    """Calls to a forkpointd, each to its end."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-
-    # --- the process ---
-
-    @property
-    def _socket(self) -> Path:
-        return self._root / "s" / "forkpoint.sock"
-
-    @property
-    def _log(self) -> Path:
-        return self._root / "server.log"
-
-    @property
-    def pid(self) -> int:
-        """The server's."""
-        return self._process.pid
-
-    def _start(self) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("FORKPOINT_")}
-        environment["FORKPOINT_FIRECRACKER"] = str(self._firecracker)
-        command = [sys.executable, "-m", "forkpointd", "serve", "--vmm", "firecracker"]
-        command += ["--data-dir", str(self._root / "data"), "--listen", f"unix:{self._socket}"]
-        command += ["--image-root", str(self._kernel.parent)]
-        command += ["--staging-dir", str(self._staging)]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=self._root,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,  # a Ctrl-C is for the bench
-            )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._socket.exists():
-            if self._process.poll() is not None:
-                raise ServedError(f"forkpointd did not start: {self.last_words()}")
-            if time.monotonic() > deadline:
-                self._stop()
-                raise ServedError(f"forkpointd does not serve: {self.last_words()}")
-            time.sleep(POLL_SECONDS)
-
-    def _stop(self) -> None:
-        """Sandboxes outlive their server: they are ended after it."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _remove(self) -> None:
-        end_processes(self._root)
-        shutil.rmtree(self._root, ignore_errors=True)
-        shutil.rmtree(self._staging, ignore_errors=True)
-
-    def last_words(self) -> str:
-        """The end of the server's log, in one line."""
-        return " | ".join(self._log.read_text(errors="replace").splitlines()[-5:])
-
-    def resident_bytes(self) -> int:
-        """VmRSS of the server's process."""
-        for line in Path(f"/proc/{self.pid}/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-        raise ServedError("the server has ended")
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.sandboxes = sandbox_service_pb2_grpc.SandboxServiceStub(channel)
+        self.snapshots = snapshot_service_pb2_grpc.SnapshotServiceStub(channel)
+        self._info = server_service_pb2_grpc.ServerServiceStub(channel)
 
     def info(self) -> server_service_pb2.GetServerInfoResponse:
         """What the server tells about itself."""
@@ -157,9 +61,9 @@ class Served:
 
     # --- sandboxes ---
 
-    def boot(self, sandbox_id: str, memory_mib: int) -> None:
-        """Boots the witness and waits until it says so."""
-        boot = sandbox_service_pb2.BootSource(kernel_image=str(self._kernel), memory_mib=memory_mib)
+    def boot_kernel(self, sandbox_id: str, kernel: Path, memory_mib: int) -> None:
+        """Boots a witness and waits until it says so."""
+        boot = sandbox_service_pb2.BootSource(kernel_image=str(kernel), memory_mib=memory_mib)
         request = sandbox_service_pb2.CreateSandboxRequest(sandbox_id=sandbox_id, boot=boot)
         self.sandboxes.CreateSandbox(request, timeout=CALL_SECONDS)
         if (line := self._line(sandbox_id, 0)) != "READY":
@@ -234,6 +138,122 @@ class Served:
             errors = {child.error.message for child in fork.children if child.error.message}
             raise ServedError(f"{fork.ready_count} of {count} children run: {sorted(errors)}")
         return fork
+
+
+class Served(Calls):
+    """A forkpointd on a fresh data folder, and calls to it."""
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        firecracker: Path,
+        kernel: Path,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """Takes the name `server` in the scratch's folders. `settings`: of the server, by the names
+        of their variables."""
+        self._settings = dict(settings or {})
+        self._firecracker = firecracker
+        self._root = scratch.disk / "server"
+        self._kernel = self._root / "images" / "witness.elf"
+        self._kernel.parent.mkdir(parents=True)
+        shutil.copyfile(kernel, self._kernel)
+        self._staging = scratch.memory / "server"
+        self._staging.mkdir()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.callback(self._remove)
+            self._start()
+            stack.callback(self._stop)
+            channel = stack.enter_context(open_channel(self.socket))
+            try:
+                grpc.channel_ready_future(channel).result(timeout=START_SECONDS)
+            except grpc.FutureTimeoutError as error:
+                raise ServedError(f"forkpointd does not answer: {self.last_words()}") from error
+            Calls.__init__(self, channel)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    # --- the process ---
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return self._root / "s" / "forkpoint.sock"
+
+    @property
+    def _log(self) -> Path:
+        return self._root / "server.log"
+
+    @property
+    def pid(self) -> int:
+        """The server's."""
+        return self._process.pid
+
+    def _start(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("FORKPOINT_")}
+        environment |= {"FORKPOINT_FIRECRACKER": str(self._firecracker), **self._settings}
+        command = [sys.executable, "-m", "forkpointd", "serve", "--vmm", "firecracker"]
+        command += ["--data-dir", str(self._root / "data"), "--listen", f"unix:{self.socket}"]
+        command += ["--image-root", str(self._kernel.parent)]
+        command += ["--staging-dir", str(self._staging)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=self._root,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,  # a Ctrl-C is for the bench
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self.socket.exists():
+            if self._process.poll() is not None:
+                raise ServedError(f"forkpointd did not start: {self.last_words()}")
+            if time.monotonic() > deadline:
+                self._stop()
+                raise ServedError(f"forkpointd does not serve: {self.last_words()}")
+            time.sleep(POLL_SECONDS)
+
+    def _stop(self) -> None:
+        """Sandboxes outlive their server: they are ended after it."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _remove(self) -> None:
+        end_processes(self._root)
+        shutil.rmtree(self._root, ignore_errors=True)
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def last_words(self) -> str:
+        """The end of the server's log, in one line."""
+        return " | ".join(self._log.read_text(errors="replace").splitlines()[-5:])
+
+    def resident_bytes(self) -> int:
+        """VmRSS of the server's process."""
+        for line in Path(f"/proc/{self.pid}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise ServedError("the server has ended")
+
+    def boot(self, sandbox_id: str, memory_mib: int) -> None:
+        """Boots the witness and waits until it says so."""
+        self.boot_kernel(sandbox_id, self._kernel, memory_mib)
 
 
 def entered(branch: branch_pb2.Branch, stage: branch_pb2.BranchStage.ValueType) -> float:

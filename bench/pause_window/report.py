@@ -1,0 +1,325 @@
+"""RESULTS.md: written from the rows of the CSVs, and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.pause_window.cells import NOTHING, PHASES
+from bench.pause_window.claims import findings
+from bench.pause_window.plots import draw
+from bench.pause_window.rows import READY_SECONDS, Outcome, Row, newest, path_of, read_file
+from bench.pause_window.summary import Group, Spread, grouped, trials
+from bench.report import interval
+from bench.rounds import FLOOR
+from bench.stats import RESAMPLES
+from bench.targets import Finding
+
+REPORT, PLOTS = "RESULTS.md", "plots"
+
+SHOWN_NUMBERS = (1, 2, 5, 10, 20, 30, 50, 100)
+"""Of a row of branches."""
+
+INTRODUCTION = """\
+# The pause window: results
+
+Written by `python -m bench.pause_window` from the rows in [results](results) and from nothing else;
+`--report-only` writes it anew. [README](../README.md) says how the bench works.
+
+- **floor**: Firecracker by plain sockets: pause, create and resume in one write, into a file that
+  is there already. **control** is the same once more, from a source of its own: what it differs by
+  is noise. **floor-preallocated** is the floor into a file whose pages were had before.
+- **forkpoint**: a server of its own, through its public gRPC API.
+- **sequential-disk**: bench code that does what the published figures of others did: one call after
+  the other, staged on the disk, whole-image copy.
+
+*window* is Firecracker's own time for pause, create and resume. *clock* is the time of whoever sent
+the window (forkpoint: the server's). *READY* is from the request to a usable snapshot. All three
+are medians, the first and the last with the 10th and 90th percentile. *of floor* is the ratio of
+medians. *bad*: trials that failed or were refused; they are listed below each table.
+"""
+RULES = """\
+A ratio is of medians (p99: of 99th percentiles) of rounds in which both were measured, with a
+bootstrap 95 % interval. `met`: the whole interval is on the right side of the goal; `missed`: all
+of it is on the wrong side; else `undecided`, and always below 200 pairs (p99: 1,000). A trial of
+forkpoint that failed or was refused counts as infinitely slow. A/A is the floor against itself.
+"""
+ABOUT = {
+    "1c": "*branch* is the place in the row.",
+    "1e": "A row beside *nothing* is of the same source in the same minutes. The last columns say "
+    "what the load did beside the windows of that role.",
+    "1f": "*checked*: children that were started from a snapshot; *whole*: those that found the "
+    "memory of one moment. All guests write for one second before the branch is asked for.",
+    "ready": "The floor is `cp` of as many bytes as the image has, and fsync.",
+}
+
+
+def write_report(results: Path, *, resamples: int = RESAMPLES) -> list[Finding]:
+    """Writes RESULTS.md and the plots beside the folder of the CSVs; returns what was found out
+    about each target. Raises ResultsError, OSError."""
+    everything = {name: read_file(path_of(results, name)) for name in PHASES}
+    rows = {name: newest(of) for name, of in everything.items()}
+    plots = draw(rows, results.parent / PLOTS)
+    found = findings([row for of in rows.values() for row in of], resamples=resamples)
+    parts = [INTRODUCTION, _targets(found), _runs(everything, rows)]
+    for name, of in rows.items():
+        if of:
+            parts.append(_phase(name, of, plots.get(name, [])))
+    (results.parent / REPORT).write_text("\n".join(parts), encoding="utf-8")
+    return found
+
+
+def _targets(found: Sequence[Finding]) -> str:
+    table = [
+        (
+            "target",
+            "what",
+            "floor",
+            "forkpoint",
+            "ratio [95 %]",
+            "A/A [95 %]",
+            "n",
+            "bad",
+            "goal",
+            "",
+        )
+    ]
+    for finding in found:
+        samples = 0 if finding.estimate is None else finding.estimate.samples
+        cells = (
+            f"`{finding.target.name}`",
+            finding.target.compares,
+            finding.reference_median or "-",
+            finding.subject_median or "-",
+            interval(finding.estimate),
+            interval(finding.control),
+            str(samples),
+            str(finding.failed),
+            str(finding.target.goal),
+            f"**{finding.verdict}**",
+        )
+        table.append(cells)
+    lines = "\n".join(finding.line() for finding in found)
+    return f"## Targets\n\n{_table(table)}\n{RULES}\n```text\n{lines}\n```\n"
+
+
+def _runs(everything: Mapping[str, Sequence[Row]], rows: Mapping[str, Sequence[Row]]) -> str:
+    table = [("phase", "taken", "commit", "machine", "versions", "trials", "failed", "refused")]
+    left_out = 0
+    for name, of in rows.items():
+        left_out += trials(everything[name]) - trials(of)
+        if not of:
+            continue
+        group, machine = Group(of), of[0].machine
+        first, last = min(row.start for row in of), max(row.start for row in of)
+        table.append(
+            (
+                f"[{name}](results/{name}.csv)",
+                _span(first, last),
+                f"`{machine['commit'][:12]}{'+' if machine['commit'].endswith('+') else ''}`",
+                _host(machine),
+                _versions(machine),
+                str(group.trials),
+                str(group.count(Outcome.FAILED)),
+                str(group.count(Outcome.REFUSED)),
+            )
+        )
+    total = sum(trials(of) for of in rows.values())
+    note = f"{total} trials in all. A commit with `+`: the tree differed from it.\n"
+    if left_out:
+        note += f"{left_out} trials of other commits or machines are in the CSVs and not here.\n"
+    missing = [name for name, of in rows.items() if not of]
+    if missing:
+        note += f"Not measured: {', '.join(missing)}.\n"
+    return f"## Where and when\n\n{_table(table)}\n{note}"
+
+
+def _span(first: float, last: float) -> str:
+    start, end = (datetime.fromtimestamp(at, UTC) for at in (first, last))
+    return f"{start:%Y-%m-%d %H:%M} to {end:%H:%M} UTC"
+
+
+def _host(machine: Mapping[str, str]) -> str:
+    return (
+        f"{machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_mib']} MiB, kernel "
+        f"{machine['kernel']}, {machine['filesystem']}"
+    )
+
+
+def _versions(machine: Mapping[str, str]) -> str:
+    return (
+        f"Firecracker {machine['firecracker']}, forkpointd {machine['forkpointd']}, Python "
+        f"{machine['python']}, grpcio {machine['grpcio']}"
+    )
+
+
+# --- one phase ---------------------------------------------------------------------------------
+
+Text = Callable[[Group], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What a line of a table is about."""
+
+    source_mib: int
+    staging: str
+    touched_mib: int
+    dirty_mib: int
+    pattern: str
+    guest: str
+    in_a_row: int
+    load: str
+    mode: str
+    beside: str
+    number: int
+    role: str
+
+    @classmethod
+    def of(cls, row: Row) -> _Key:
+        cell = row.cell
+        number = row.number + 1 if cell.phase == "1c" else 0
+        return cls(
+            cell.source_mib,
+            cell.staging,
+            cell.touched_mib,
+            cell.dirty_mib,
+            cell.pattern,
+            cell.guest,
+            cell.in_a_row,
+            cell.load,
+            row.mode,
+            row.beside,
+            number,
+            row.role,
+        )
+
+
+KEYS: Mapping[str, Callable[[_Key], object]] = {
+    "source, MiB": lambda key: key.source_mib,
+    "mode": lambda key: key.mode,
+    "staging": lambda key: key.staging,
+    "image, MiB": lambda key: key.touched_mib,
+    "written, MiB": lambda key: key.dirty_mib,
+    "pages": lambda key: key.pattern,
+    "guest": lambda key: key.guest,
+    "in a row": lambda key: key.in_a_row,
+    "branch": lambda key: key.number,
+    "cell": lambda key: key.load,
+    "beside": lambda key: key.beside,
+}
+"""Columns that stand only where they differ within the phase."""
+
+FIGURES: Mapping[str, Text] = {
+    "READY, s": lambda group: _spread(group.spread(READY_SECONDS), 1, 3),
+    "predicted, ms": lambda group: _middle(group.spread("predicted_us"), 1000, 2),
+    "written in window, MiB": lambda group: _middle(group.spread("dirty_bytes"), 1 << 20, 1),
+    "guest's gap, ms": lambda group: _spread(group.spread("guest_gap_us"), 1000, 2),
+    "load, MiB/s": lambda group: _middle(group.spread("load_bytes_per_second"), 1 << 20, 0),
+    "children/s": lambda group: _middle(group.spread("load_children_per_second"), 1, 0),
+    "calls/s": lambda group: _middle(group.spread("load_calls_per_second"), 1, 0),
+    "checked": lambda group: str(len(_checked(group)) or ""),
+    "whole": lambda group: str(
+        sum(not row.error for row in _checked(group)) if _checked(group) else ""
+    ),
+}
+"""Columns that stand only where the phase has such figures."""
+
+
+def _phase(name: str, rows: Sequence[Row], plots: Sequence[str]) -> str:
+    groups = grouped(rows, _Key.of)
+    if name == "1c":
+        groups = {key: group for key, group in groups.items() if key.number in SHOWN_NUMBERS}
+    keys = [
+        title
+        for title, value in KEYS.items()
+        if len({value(key) for key in groups}) > 1
+        and not (title == "image, MiB" and name != "ready")
+    ]
+    texts = {
+        title: {key: text(group) for key, group in groups.items()}
+        for title, text in FIGURES.items()
+    }
+    extra = [title for title, of in texts.items() if any(of.values())]
+    table = [(*keys, "role", "n", "bad", "window, ms", "of floor", "clock, ms", *extra)]
+    for key, group in groups.items():
+        table.append(
+            (
+                *(str(KEYS[title](key)) for title in keys),
+                key.role,
+                str(group.trials),
+                str(group.count(Outcome.FAILED) + group.count(Outcome.REFUSED)),
+                _spread(group.spread("vmm_total_us"), 1000, 2),
+                _of_floor(groups, key, "vmm_total_us" if name != "ready" else READY_SECONDS),
+                _middle(group.spread("total_us"), 1000, 2),
+                *(texts[title][key] for title in extra),
+            )
+        )
+    images = "".join(f"![{PHASES[name].about}]({PLOTS}/{plot})\n\n" for plot in plots)
+    about = f"{ABOUT[name]}\n\n" if name in ABOUT else ""
+    return (
+        f"## {name}: {PHASES[name].about}\n\n{images}{about}{_same(keys, groups)}{_table(table)}"
+        f"{_troubles(rows)}"
+    )
+
+
+def _same(keys: Sequence[str], groups: Mapping[_Key, Group]) -> str:
+    """What all lines of the phase have in common."""
+    key = next(iter(groups))
+    values = {title: KEYS[title](key) for title in KEYS if title not in keys}
+    told = [
+        f"{title} {value}"
+        for title, value in values.items()
+        if value not in (NOTHING, 0, 1, "none")
+    ]
+    return f"All: {'; '.join(told)}.\n\n" if told else ""
+
+
+def _of_floor(groups: Mapping[_Key, Group], key: _Key, figure: str) -> str:
+    values = {name: getattr(key, name) for name in key.__slots__}
+    floor = groups.get(_Key(**{**values, "role": FLOOR}))
+    own = groups[key].spread(figure)
+    reference = floor.spread(figure) if floor else None
+    if key.role == FLOOR or own is None or reference is None:
+        return ""
+    return f"{own.median / reference.median:.2f}"
+
+
+def _troubles(rows: Sequence[Row]) -> str:
+    """The errors of a phase, each once."""
+    bad = grouped(
+        [row for row in rows if row.outcome is not Outcome.OK],
+        lambda row: (row.outcome.value, row.role, str(row.cell), row.error),
+    )
+    if not bad:
+        return ""
+    lines = [
+        f"- {role} {outcome} {len(group.rows)} times ({cell}): {error}"
+        for (outcome, role, cell, error), group in bad.items()
+    ]
+    return "\nFailed and refused trials:\n\n" + "\n".join(lines) + "\n"
+
+
+def _checked(group: Group) -> list[Row]:
+    return [row for row in group.rows if "generation_changes" in row.figures]
+
+
+def _spread(spread: Spread | None, scale: float, digits: int) -> str:
+    if spread is None:
+        return ""
+    middle, low, high = (f"{v / scale:.{digits}f}" for v in (spread.median, spread.p10, spread.p90))
+    return f"{middle} [{low}, {high}]"
+
+
+def _middle(spread: Spread | None, scale: float, digits: int) -> str:
+    return "" if spread is None else f"{spread.median / scale:.{digits}f}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    ]
+    rule = "|" + " --- |" * len(lines[0])
+    return "\n".join([head, rule, *body]) + "\n"

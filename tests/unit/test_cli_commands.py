@@ -137,7 +137,10 @@ def test_ctrl_c_ends_the_watching_and_not_the_work(
 ) -> None:
     fake.add_sandbox("agent-7")
     fake.hold_before = "MERGING"
-    line = [sys.executable, "-c", "from forkpoint.cli import main; main()", *command]
+    # Where this is run in the background, a shell has SIGINT ignored in all that it starts.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    start += "from forkpoint.cli import main; main()"
+    line = [sys.executable, "-c", start, *command]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while "stood still" not in process.stderr.readline():

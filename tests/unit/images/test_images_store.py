@@ -204,6 +204,7 @@ def test_an_id_is_never_a_path(root: Path, store: SnapshotStore, wrong: str) -> 
 
 
 def spoil_size(folder: Path) -> None:
+    (folder / "memory").chmod(0o600)
     os.truncate(folder / "memory", MEMORY_BYTES - 4096)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,13 +56,6 @@ def budget_of(
         files=files,
         resident=lambda pid: figures.resident.get(pid, 0),
     )
-
-
-@pytest.fixture
-async def fresh(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """Every look reads anew."""
-    monkeypatch.setattr(memory, "SAMPLE_SECONDS", 0.0)
-    yield
 
 
 async def test_a_sandbox_counts_what_it_touched_and_its_headroom(
@@ -160,43 +153,40 @@ async def test_a_hundred_children_of_4_gib_fit_a_host_of_24(
     budget.promise([], 900, 4 * GIB, "more of them")
 
 
-@pytest.mark.usefixtures("fresh")
 async def test_without_a_setting_the_budget_is_what_the_host_has_for_us(
     figures: Figures, files: ThreadPoolExecutor
 ) -> None:
     budget = budget_of(figures, files, None)
     reserve = 24 * GIB // 16
-    await budget.refresh([])
+    await budget.refresh([], older_seconds=0)
     assert budget.use([]).budget_bytes == 20 * GIB - reserve
     # What our own sandboxes take is not lost to them.
     figures.resident, figures.staging = {1: 3 * GIB}, GIB
     figures.host = HostMemory(24 * GIB, 16 * GIB)
     there = [Counted(1, 4 * GIB)]
-    await budget.refresh(there)
+    await budget.refresh(there, older_seconds=0)
     assert budget.use(there).budget_bytes == 20 * GIB - reserve
     # What others take is.
     figures.host = HostMemory(24 * GIB, 2 * GIB)
-    await budget.refresh(there)
+    await budget.refresh(there, older_seconds=0)
     assert budget.use(there).budget_bytes == 6 * GIB - reserve
     figures.host = HostMemory(600 * MIB, 0)
     figures.resident, figures.staging = {}, 0
-    await budget.refresh([])
+    await budget.refresh([], older_seconds=0)
     assert budget.use([]).budget_bytes == 0, "never negative"
     figures.host = HostMemory(600 * MIB, 600 * MIB)
-    await budget.refresh([])
+    await budget.refresh([], older_seconds=0)
     assert budget.use([]).budget_bytes == 88 * MIB, "512 MiB at least are nobody's"
 
 
 async def test_calls_at_once_share_one_reading_that_is_not_read_again_at_once(
-    figures: Figures, files: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    figures: Figures, files: ThreadPoolExecutor
 ) -> None:
-    monkeypatch.setattr(memory, "SAMPLE_SECONDS", 3600.0)
     budget = budget_of(figures, files, 100)
-    await asyncio.gather(*(budget.refresh([]) for _ in range(10)))
-    await budget.refresh([])
+    await asyncio.gather(*(budget.refresh([], older_seconds=3600) for _ in range(10)))
+    await budget.refresh([], older_seconds=3600)
     assert figures.reads == 1
-    monkeypatch.setattr(memory, "SAMPLE_SECONDS", 0.0)
-    await budget.refresh([])
+    await budget.refresh([], older_seconds=0)
     assert figures.reads == 2
 
 

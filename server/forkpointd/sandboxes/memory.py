@@ -111,11 +111,13 @@ class MemoryBudget:
         self._sample: _Sample | None = None
         self._reading: asyncio.Future[_Sample] | None = None
 
-    async def refresh(self, there: Sequence[Counted]) -> None:
-        """Brings the figures up to date; to be called right before `use` and `promise`. Raises
-        OSError."""
+    async def refresh(
+        self, there: Sequence[Counted], *, older_seconds: float = SAMPLE_SECONDS
+    ) -> None:
+        """Brings figures that are older up to date; to be called right before `use` and `promise`.
+        Raises OSError."""
         sample = self._sample
-        if sample and time.monotonic() - sample.monotonic_seconds < SAMPLE_SECONDS:
+        if sample and time.monotonic() - sample.monotonic_seconds < older_seconds:
             return
         if self._reading is None:
             pids = [one.pid for one in there if one.pid is not None]

@@ -190,7 +190,13 @@ class Sandboxes:
         """Memory for `count` sandboxes, counted until the promise is released: by then they have
         their rows. Raises NO_MEMORY with the figures."""
         await self._memory.refresh(self._counted())
-        return self._memory.promise(self._counted(), count, machine.memory_bytes, what)
+        try:
+            return self._memory.promise(self._counted(), count, machine.memory_bytes, what)
+        except (
+            ForkpointError
+        ):  # perhaps something has ended since: nobody is refused by old figures
+            await self._memory.refresh(self._counted(), older_seconds=0.0)
+            return self._memory.promise(self._counted(), count, machine.memory_bytes, what)
 
     async def memory_use(self) -> MemoryUse:
         """The memory budget and what is counted against it."""

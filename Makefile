@@ -19,13 +19,13 @@ stubs: env ## client/forkpoint/v1: messages, gRPC stubs and type hints from prot
 	@$(PY) tools/stubs.py
 
 firecracker: env ## the pinned Firecracker: found, or fetched once into the user's cache
-	@vmm=$$($(PY) -c 'import sys; from forkpointd.vmm.fetch import main; sys.exit(main())') && echo "==> Firecracker: $$vmm"
+	@vmm=$$($(PY) -c 'import sys; from forkpointd.vmm.fetch import main; sys.exit(main())') && echo "==> Firecracker: $$vmm" >&2
 
 firecracker-if-kvm: env
 	@if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then \
 	    $(MAKE) --no-print-directory firecracker; \
 	else \
-	    echo "==> /dev/kvm can't be used here: the simulator takes Firecracker's place"; \
+	    echo "==> /dev/kvm can't be used here: the simulator takes Firecracker's place" >&2; \
 	fi
 
 check: env stubs ## lint, format, types, imports between the rooms, the contract

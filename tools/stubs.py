@@ -131,7 +131,7 @@ def main() -> int:
                 print(f"stale, run `make stubs`: {', '.join(names)}", file=sys.stderr)
             return 1 if names else 0
         if write(root):
-            print("==> generated client/forkpoint/v1 from proto/forkpoint/v1", flush=True)
+            print("==> generated client/forkpoint/v1 from proto/forkpoint/v1", file=sys.stderr)
     except StubsError as error:
         print(f"make stubs: {error}", file=sys.stderr)
         return 1

@@ -92,6 +92,7 @@ def run_rounds(
         try:
             measure.prepare(number, afresh=afresh)
         except TRIAL_FAILURES as error:
+            raise_if_interrupted(error)
             trial = Trial(measure.name, number, 0, FORKPOINT, time.time(), {}, describe(error))
             trials.append(trial)
             done(trial)
@@ -119,8 +120,19 @@ def _trial(measure: Measure, number: int, position: int, role: str) -> Trial:
     try:
         metrics = dict(measure.measure(role))
     except TRIAL_FAILURES as failure:
+        raise_if_interrupted(failure)
         error = describe(failure)
     return Trial(measure.name, number, position, role, start, metrics, error)
+
+
+def raise_if_interrupted(error: BaseException) -> None:
+    """Raises KeyboardInterrupt where this error came of cleaning up after one: a Ctrl-C ends the
+    run, whatever it left half done."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        seen = seen.__context__
 
 
 def describe(error: BaseException) -> str:

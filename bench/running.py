@@ -22,7 +22,16 @@ from bench.measures.windows import IdleWindows
 from bench.plan import Plan
 from bench.report import Report
 from bench.results import ResultLog
-from bench.rounds import FORKPOINT, TRIAL_FAILURES, Limit, Measure, Trial, describe, run_rounds
+from bench.rounds import (
+    FORKPOINT,
+    TRIAL_FAILURES,
+    Limit,
+    Measure,
+    Trial,
+    describe,
+    raise_if_interrupted,
+    run_rounds,
+)
 from bench.scratch import Scratch
 from bench.served import Served
 from bench.targets import Finding
@@ -124,6 +133,7 @@ class Run:
             ):
                 run_rounds(measure, job.limit, done, tick)
         except TRIAL_FAILURES as error:
+            raise_if_interrupted(error)
             self._report.say(f"{job.name} was broken off: {describe(error)}")
             return trials, f"broken off: {describe(error)}"
         return trials, ""
@@ -139,6 +149,7 @@ class Run:
                     return None, refusal
                 metrics = dict(lag.measure())
         except TRIAL_FAILURES as failure:
+            raise_if_interrupted(failure)
             error = describe(failure)
         self._log.add(Trial(LOOP_LAG, 0, 0, FORKPOINT, at, metrics, error))
         return (None, error) if error else (metrics, "")

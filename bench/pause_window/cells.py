@@ -142,7 +142,7 @@ def _slots(
 
 def _memory() -> Iterator[Job]:
     for size in SIZES_MIB:
-        rounds, every = (1000, 100) if size == 4096 else (220, 40)
+        rounds, every = (1010, 250) if size == 4096 else (210, 70)
         yield Job(
             Cell("1a", size),
             _slots(FLOOR, CONTROL, FORKPOINT, sequential_every=every),
@@ -152,12 +152,12 @@ def _memory() -> Iterator[Job]:
         yield Job(
             Cell("1a", size, staging=DISK),
             _slots(FLOOR, CONTROL, FORKPOINT, sequential_every=10),
-            30,
+            16,
         )
     for staging in (TMPFS, DISK):
         for size in SIZES_MIB:
-            slots = _slots(FLOOR, PREALLOCATED, FORKPOINT, mode=FULL, sequential_every=1)
-            yield Job(Cell("1a", size, FULL, staging), slots, 4 if size < 4096 else 2)
+            slots = _slots(FLOOR, PREALLOCATED, FORKPOINT, mode=FULL, sequential_every=2)
+            yield Job(Cell("1a", size, FULL, staging), slots, 4 if size < 2048 else 2)
     slots = _slots(FLOOR, CONTROL, FORKPOINT, sequential_every=20)
     yield Job(Cell("1a", 4096, guest=WATCHING), slots, 60)
 
@@ -180,7 +180,7 @@ def _dirtied() -> Iterator[Job]:
         if size >= region // 2:  # seconds for each, and as much memory for each role
             rounds, every, floors = 3, 2, (FLOOR,)
         if size == 100:
-            rounds, every = 220, 55
+            rounds, every = 210, 70
         if size <= region // 2:  # else there is no second region
             slots = _slots(*floors, FORKPOINT, sequential_every=every)
             cell = Cell("1b", 2048, touched_mib=0, dirty_mib=size, pattern=FRESH)
@@ -195,7 +195,8 @@ def _dirtied() -> Iterator[Job]:
 
 def _in_a_row() -> Iterator[Job]:
     cell = Cell("1c", 2048, touched_mib=0, dirty_mib=100, pattern=REPEATED, in_a_row=10)
-    yield Job(cell, _slots(FLOOR, FORKPOINT, windows=10, sequential_every=100), 200)
+    row_of_floors = Slot(FLOOR, windows=10, every=10)
+    yield Job(cell, (row_of_floors, *_slots(FORKPOINT, windows=10, sequential_every=105)), 210)
     for length in (30, 100):
         cell = Cell("1c", 2048, touched_mib=0, dirty_mib=100, pattern=REPEATED, in_a_row=length)
         yield Job(cell, _slots(FLOOR, FORKPOINT, windows=length), 2)
@@ -242,26 +243,26 @@ def _loaded() -> Iterator[Job]:
 
 def _writing() -> Iterator[Job]:
     cell = Cell("1f", 1024, touched_mib=256, guest=WRITING)
-    yield Job(cell, _slots(FLOOR, FORKPOINT, sequential_every=5), 40)
+    yield Job(cell, _slots(FLOOR, FORKPOINT, sequential_every=5), 30)
 
 
 def _ready() -> Iterator[Job]:
     for image, every in ((100, 40), (2048, 100)):
         slots = _slots(FLOOR, CONTROL, FORKPOINT, sequential_every=every)
-        yield Job(Cell("ready", 4096, touched_mib=image), slots, 200)
+        yield Job(Cell("ready", 4096, touched_mib=image), slots, 205)
 
 
 PHASES = {
     phase.name: phase
     for phase in (
         Phase(
-            "1a", "memory 256 MiB to 8 GiB, idle, FULL and DIFF, tmpfs and disk", 14, (*_memory(),)
+            "1a", "memory 256 MiB to 8 GiB, idle, FULL and DIFF, tmpfs and disk", 24, (*_memory(),)
         ),
         Phase("1b", "dirtied 0 to 100 % of a 2 GiB source, and 10 to 500 MiB", 16, (*_dirtied(),)),
-        Phase("1c", "10, 30 and 100 branches in a row, 100 MiB each", 20, (*_in_a_row(),)),
+        Phase("1c", "10, 30 and 100 branches in a row, 100 MiB each", 18, (*_in_a_row(),)),
         Phase("1d", "DIFF against FULL by share of memory dirtied", 4, (*_crossover(),)),
-        Phase("1e", "beside pre-copies, forks and unary calls", 8, (*_loaded(),)),
-        Phase("1f", "a source that keeps writing: one point in time", 1, (*_writing(),)),
-        Phase("ready", "BranchSandbox to READY against cp", 25, (*_ready(),)),
+        Phase("1e", "beside pre-copies, forks and unary calls", 11, (*_loaded(),)),
+        Phase("1f", "a source that keeps writing: one point in time", 2, (*_writing(),)),
+        Phase("ready", "BranchSandbox to READY against cp", 32, (*_ready(),)),
     )
 }

@@ -68,7 +68,7 @@ PREALLOCATED_100 = Target(
 TEN = Target(
     "ten_in_a_row",
     Goal(1.2, at_most=True),
-    "tenth window of a row / first of the same row, 100 MiB each: forkpoint (A/A: the floor)",
+    "tenth window of a row / first of the same row, 100 MiB each: forkpoint (A/A: tenth / ninth)",
 )
 STRETCH = Target(
     "stretch_beside_precopies",
@@ -255,10 +255,9 @@ def slope(medians: Sequence[float]) -> float:
 
 
 def _in_a_row(rows: Sequence[Row], resamples: int) -> Finding:
-    def series(role: str) -> list[Pair]:
-        return pairs_of(rows, VMM_TOTAL, Series(role, number=TENTH), Series(role, number=0))
-
-    pairs, control = series(FORKPOINT), _finite(series(FLOOR))
+    tenth = Series(FORKPOINT, number=TENTH)
+    pairs = pairs_of(rows, VMM_TOTAL, tenth, Series(FORKPOINT, number=0))
+    control = _finite(pairs_of(rows, VMM_TOTAL, tenth, Series(FORKPOINT, number=TENTH - 1)))
     return Finding(
         TEN,
         estimate_ratio(pairs, resamples=resamples) if pairs else None,

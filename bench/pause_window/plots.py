@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 
@@ -94,7 +94,7 @@ def _svg(figure: Figure) -> bytes:
 
 def _memory(rows: Sequence[Row]) -> Figure:
     figure, axes = _panels(
-        2, 2, "1a. Pause window of an idle source by its memory", height=7.2, sharey=True
+        2, 2, "1a. Pause window of an idle source by its memory", height=7.2, sharey="row"
     )
     for place, mode, staging in (
         (axes[0][0], DIFF, TMPFS),
@@ -255,7 +255,7 @@ PLOTS: Mapping[str, Callable[[Sequence[Row]], Figure]] = {
 
 
 def _panels(
-    high: int, wide: int, title: str, *, height: float = 4.4, sharey: bool = False
+    high: int, wide: int, title: str, *, height: float = 4.4, sharey: bool | Literal["row"] = False
 ) -> tuple[Figure, list[list[Axes]]]:
     figure, axes = plt.subplots(
         high, wide, figsize=(9.5, height), squeeze=False, sharey=sharey, layout="constrained"

@@ -44,7 +44,8 @@ RULES = """\
 A ratio is of medians (p99: of 99th percentiles) of rounds in which both were measured, with a
 bootstrap 95 % interval. `met`: the whole interval is on the right side of the goal; `missed`: all
 of it is on the wrong side; else `undecided`, and always below 200 pairs (p99: 1,000). A trial of
-forkpoint that failed or was refused counts as infinitely slow. A/A is the floor against itself.
+forkpoint that failed or was refused counts as infinitely slow. A/A is the floor against itself, or
+what the target says.
 """
 ABOUT = {
     "1c": "*branch* is the place in the row.",

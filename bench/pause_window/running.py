@@ -16,7 +16,7 @@ from bench.pause_window.cells import DISK, Job, Phase, Slot
 from bench.pause_window.measures import LoadedWindows, Windows
 from bench.pause_window.rows import Outcome, Row, RowLog, path_of, progress_of, read_file
 from bench.pause_window.subjects import Place, RefusedError
-from bench.rounds import FAILURES_IN_A_ROW, TRIAL_FAILURES, describe
+from bench.rounds import FAILURES_IN_A_ROW, TRIAL_FAILURES, describe, raise_if_interrupted
 from bench.scratch import Scratch
 from bench.served import Served
 
@@ -83,6 +83,7 @@ class Runner:
                 with closing(kind(place, job)) as measure:
                     taken.run(measure, rounds)
         except FAILURES as error:
+            raise_if_interrupted(error)
             self.say(f"  {job.cell} was broken off: {describe(error)}")
             return False
         seconds = time.monotonic() - start
@@ -120,6 +121,7 @@ class Rounds:
         try:
             measure.prepare(number, afresh=afresh)
         except FAILURES as error:
+            raise_if_interrupted(error)
             for position, slot in enumerate(slots):
                 self._bad_row(number, position, slot, 0, error)
             return False
@@ -153,6 +155,7 @@ class Rounds:
                 self._log.add(row)
                 start, window = time.time(), shot.number + 1
         except FAILURES as error:
+            raise_if_interrupted(error)
             self._bad_row(number, position, slot, window, error)
             return False
         return True

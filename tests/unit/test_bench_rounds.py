@@ -5,6 +5,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
+import pytest
+
 from bench.findings import copy_findings, fork_findings, window_findings
 from bench.floor import FloorError
 from bench.rounds import (
@@ -160,3 +162,15 @@ def test_the_control_is_the_floor_against_itself() -> None:
     assert window.estimate is not None and window.estimate.value == 1.05
     assert window.control is not None and window.control.value == 0.9
     assert window.verdict is Verdict.MET
+
+
+def test_a_failure_of_cleaning_up_after_a_ctrl_c_ends_the_run() -> None:
+    class Interrupted(Recorded):
+        def measure(self, role: str) -> Mapping[str, float]:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise FloorError("what it made is gone already")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), 3)

@@ -222,7 +222,7 @@ def _crossover() -> Iterator[Job]:
 def _loaded() -> Iterator[Job]:
     for load in (PRECOPIES, FORKS, CALLS):
         for dirty in (0, 100):
-            rounds = 21 if load == PRECOPIES and not dirty else 3
+            rounds = 21 if load == PRECOPIES and not dirty else 2
             cell = Cell(
                 "1e",
                 1024,
@@ -261,7 +261,7 @@ PHASES = {
         Phase("1b", "dirtied 0 to 100 % of a 2 GiB source, and 10 to 500 MiB", 16, (*_dirtied(),)),
         Phase("1c", "10, 30 and 100 branches in a row, 100 MiB each", 18, (*_in_a_row(),)),
         Phase("1d", "DIFF against FULL by share of memory dirtied", 4, (*_crossover(),)),
-        Phase("1e", "beside pre-copies, forks and unary calls", 11, (*_loaded(),)),
+        Phase("1e", "beside pre-copies, forks and unary calls", 16, (*_loaded(),)),
         Phase("1f", "a source that keeps writing: one point in time", 2, (*_writing(),)),
         Phase("ready", "BranchSandbox to READY against cp", 32, (*_ready(),)),
     )

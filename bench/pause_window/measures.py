@@ -45,7 +45,7 @@ FRESH_BLOCK = 4
 """The same where pages must not have been written before: images stay small, and with them what
 forkpoint has to copy."""
 
-PACE_SECONDS = 0.2
+PACE_SECONDS = 0.1
 """Between two windows of 1e, alone as well as beside a load: ten windows of the floor would be over
 before eight cp come to their fsync."""
 WRITING_SECONDS = 1.0
@@ -188,7 +188,7 @@ class Windows:
 
 OTHERS = 8
 OTHERS_MIB = 512
-OTHERS_TOUCHED_MIB = 128
+OTHERS_TOUCHED_MIB = 64
 CHILDREN = 100
 
 

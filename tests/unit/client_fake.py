@@ -125,6 +125,14 @@ class Fake(
             staging=branch_pb2.STAGING_KIND_TMPFS,
             image_free_bytes=2**33,
             staging_free_bytes=2**32,
+            memory=v.MemoryUse(
+                budget_bytes=2**34,
+                used_bytes=7 * 2**28,
+                sandbox_bytes=2**30,
+                headroom_bytes=2**29,
+                staging_bytes=2**28,
+                child_headroom_bytes=2**24,
+            ),
         )
 
 

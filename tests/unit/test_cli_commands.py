@@ -16,6 +16,7 @@ import forkpoint
 from forkpoint import _versions
 from forkpoint.cli import exits
 from forkpoint.cli.app import app
+from forkpoint.v1 import sandbox_pb2
 from tests.unit.client_fake import Fake, fresh_address
 from tests.unit.client_fake_state import status_of
 
@@ -238,12 +239,31 @@ def test_a_console_does_not_wait_for_the_end_of_a_silent_pipe(fake: Fake) -> Non
     process.communicate()
 
 
+def test_an_end_for_memory_is_shown_with_what_to_do(fake: Fake) -> None:
+    data("sandbox", "create", "agent-7", "--kernel", "/images/vmlinux", "--memory", "1G")
+    ended = fake.sandboxes["agent-7"]
+    ended.state = sandbox_pb2.SANDBOX_STATE_STOPPED
+    ended.exit.exit_code, ended.exit.signal = -1, 9
+    ended.exit.exit_time.GetCurrentTime()
+    by_hand = forkpoint_("sandbox", "get", "agent-7").stdout
+    assert "by signal 9" in by_hand
+    assert "memory killer" not in by_hand
+    assert data("sandbox", "get", "agent-7")["exit"]["cause"] == "UNSPECIFIED"
+    ended.exit.cause = sandbox_pb2.SANDBOX_EXIT_CAUSE_OUT_OF_MEMORY
+    ended.exit.explanation = "the memory killer ended it. Take less"
+    told = " ".join(forkpoint_("sandbox", "get", "agent-7").stdout.split())
+    assert "by signal 9: the memory killer ended it. Take less" in told
+    assert data("sandbox", "get", "agent-7")["exit"]["cause"] == "OUT_OF_MEMORY"
+
+
 def test_the_server_and_both_versions_are_told(fake: Fake) -> None:
     info = data("server", "info")
     assert (info["version"], info["client_version"]) == (forkpoint.__version__,) * 2
     told = forkpoint_("server", "info").stdout
     assert "Simulator 1.12.1  (no guest code runs" in told
     assert "→ use XFS" in told
+    assert (info["memory"]["budget_bytes"], info["memory"]["used_bytes"]) == (2**34, 7 * 2**28)
+    assert "1.75 GiB of the budget of 16 GiB counted: 1 GiB in sandboxes" in " ".join(told.split())
     assert data("version") == {"client": forkpoint.__version__, "server": forkpoint.__version__}
     fake.version = "9.9.9"
     _versions._said.clear()

@@ -3,10 +3,8 @@ out of it, and what a sandbox that went is shown with."""
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -16,8 +14,9 @@ from google.rpc import error_details_pb2
 
 from forkpoint.v1 import fork_pb2, sandbox_pb2, sandbox_service_pb2, server_service_pb2
 from forkpointd.model import MIB
-from forkpointd.vmm import Binary, memory_cgroup
+from forkpointd.vmm import Binary
 from forkpointd.vmm.oom_kills import KernelLog
+from tests.integration.limits import Limit
 from tests.integration.refusals import (
     MEMORY_MIB,
     HeldHouse,
@@ -224,43 +223,6 @@ async def test_a_kill_by_hand_is_no_lack_of_memory(serve: Start) -> None:
         assert end.signal == signal.SIGKILL
         assert end.cause == sandbox_pb2.SANDBOX_EXIT_CAUSE_UNSPECIFIED
         assert end.explanation == ""
-
-
-class Limit:
-    """A memory control group below ours, for processes that are to have little."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        own = memory_cgroup()
-        if own is None:
-            pytest.skip("this host shows no memory control group")
-        self._folder = own.folder / f"forkpoint-test-{uuid.uuid4().hex[:8]}"
-        try:
-            self._folder.mkdir()
-        except OSError as error:
-            pytest.skip(f"no control group can be made here: {error.strerror}")
-        name = "memory.max" if own.version == 2 else "memory.limit_in_bytes"
-        try:
-            (self._folder / name).write_text(str(limit_bytes))
-        except OSError as error:
-            self._folder.rmdir()
-            pytest.skip(f"the memory of a control group can't be limited here: {error.strerror}")
-
-    def take(self, pid: int) -> None:
-        """Moves a process into it: what it touches from now on is counted here."""
-        (self._folder / "cgroup.procs").write_text(str(pid))
-
-    async def remove(self) -> None:
-        """Removes it, once it is empty."""
-
-        async def gone() -> bool:
-            try:
-                self._folder.rmdir()
-            except OSError as error:
-                assert error.errno == errno.EBUSY, error
-                return False
-            return True
-
-        await until(gone)
 
 
 def require_kernel_log() -> None:

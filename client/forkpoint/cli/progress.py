@@ -10,15 +10,17 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
 
 from forkpoint import views
 from forkpoint.cli import output
-from forkpoint.enums import BranchStage, CopyMethod, StagingKind
+from forkpoint.enums import BranchMode, BranchStage, CopyMethod, StagingKind
 from forkpoint.views import BranchUpdate, PauseWindow
 
 _WORDS = {
@@ -28,6 +30,27 @@ _WORDS = {
     BranchStage.FINALIZING: "makes the snapshot durable",
     BranchStage.FORKING: "starts the children",
 }
+_WINDOW = "window"
+"""The bar that stands for the pause window of a FULL branch, which has no progress to show."""
+_SPEED_SECONDS = 0.1
+"""A speed over less than this is noise."""
+
+
+class _Amount(DownloadColumn):
+    """How much of how much; nothing where that isn't known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _Speed(ProgressColumn):
+    """Bytes a second since the bar is there."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.elapsed if task.finished_time is None else task.finished_time
+        if task.total is None or seconds is None or seconds < _SPEED_SECONDS:
+            return Text()
+        return Text(f"{output.size(int(task.completed / seconds))}/s", style="progress.data.speed")
 
 
 class BranchDisplay:
@@ -46,8 +69,8 @@ class BranchDisplay:
                 SpinnerColumn(finished_text="[green]✓[/green]"),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
+                _Amount(binary_units=True),
+                _Speed(),
                 TextColumn("{task.fields[note]}"),
                 console=console,
                 transient=True,
@@ -71,6 +94,7 @@ class BranchDisplay:
         """Shows the newest state."""
         if self._quiet:
             return
+        self._wait_for_window(update)
         if update.precopy is not None:
             note = "reflink" if update.precopy.method is CopyMethod.REFLINK else ""
             self._bar("pre-copy", update.precopy, note)
@@ -78,6 +102,19 @@ class BranchDisplay:
             self._bar("merge", update.merge, "")
         if not self._terse:
             self._tell(update)
+
+    def _wait_for_window(self, update: BranchUpdate) -> None:
+        """Something that moves while a FULL window, which takes seconds, is open."""
+        if self._progress is None:
+            return
+        full = BranchMode.FULL in (update.mode, update.requested_mode)
+        if full and update.pause is None and not update.stage.over:
+            if _WINDOW not in self._bars:
+                self._bars[_WINDOW] = self._progress.add_task(
+                    _WINDOW.ljust(8), total=None, note="all memory is written"
+                )
+        elif _WINDOW in self._bars:
+            self._progress.remove_task(self._bars.pop(_WINDOW))
 
     def _tell(self, update: BranchUpdate) -> None:
         """Says what is new; stages only where there are no bars that show them."""

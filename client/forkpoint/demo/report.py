@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,7 +61,7 @@ class Narrator:
         elif info.vmm.kind is VmmKind.SIMULATOR:
             self.say(
                 f"VMM: the SIMULATOR {info.vmm.version}: no guest code runs, and its times are not"
-                " Firecracker's.\n     `forkpoint doctor` says what keeps Firecracker from running."
+                f"\n     Firecracker's. What keeps Firecracker from running: {program()} doctor"
             )
         else:
             self.say(f"VMM: {info.vmm} on /dev/kvm, unmodified")
@@ -131,7 +136,7 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.vmm is not None and outcome.vmm.kind is VmmKind.SIMULATOR:
         vmm = f"the SIMULATOR {outcome.vmm.version} (no guest code ran)"
     output.out.print(
-        f"This ran on {vmm}, with a witness guest of {outcome.memory_mib} MiB; not Linux."
+        f"This ran on {vmm},\nwith a witness guest of {outcome.memory_mib} MiB; not Linux."
     )
     if outcome.held:
         output.out.print(
@@ -143,20 +148,48 @@ def print_outcome(outcome: Outcome) -> None:
         output.out.print(
             f"[bold red]{failed} of {len(outcome.claims)} claims did not hold[/bold red]"
         )
+    if outcome.kernel is not None:
+        _print_next(outcome.kernel)
+
+
+def program(name: str = "forkpoint") -> str:
+    """What to type for one of our programs: its path where the shell would find no such program."""
+    here = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if not here.exists() or (found is not None and os.path.samefile(found, here)):
+        return name
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else str(here)
+
+
+def _print_next(kernel: Path) -> None:
+    """Commands that work as they stand, with the demo's own guest."""
+    command = program()
     output.out.print(
-        "\nNext, with a kernel of your own (an uncompressed vmlinux):\n"
-        "  forkpointd serve --data-dir ~/forkpoint --image-root /path/of/kernels\n"
-        "  forkpoint sandbox create agent-7 --kernel /path/of/kernels/vmlinux --memory 512\n"
-        "  forkpoint branch start agent-7\n"
-        "  forkpoint fork agent-7 -n 10 --ttl 10m\n"
-        "  forkpoint tree"
+        escape(
+            "\nNext, with the same guest, in one terminal:\n"
+            f"  {program('forkpointd')} serve --data-dir ~/forkpoint-try \\\n"
+            f"      --image-root {shlex.quote(str(kernel.parent))}\n"
+            "and in another:\n"
+            f"  {command} sandbox create agent-7 --memory 512 \\\n"
+            f"      --kernel {shlex.quote(str(kernel))}\n"
+            f"  {command} branch start agent-7\n"
+            f"  {command} fork agent-7 -n 10 --ttl 10m\n"
+            f"  {command} tree\n"
+            "A Linux of your own wants an uncompressed vmlinux in the --image-root."
+        )
     )
 
 
 def _parts(row: BranchRow) -> str:
     pause = row.pause
     parts = (pause.pause, pause.snapshot, pause.resume)
-    return " + ".join(f"{part.total_seconds() * 1000:.3g}" for part in parts)
+    return " + ".join(_milliseconds(part) for part in parts)
+
+
+def _milliseconds(part: timedelta) -> str:
+    """Two digits, and all that stand before the point."""
+    amount = part.total_seconds() * 1000
+    return f"{amount:.2g}" if amount < 10 else f"{amount:.0f}"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

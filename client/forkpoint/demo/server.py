@@ -110,6 +110,10 @@ async def running_server(
         client = await _connected(process, address, log)
         try:
             yield client
+        except asyncio.CancelledError:
+            # Nobody wants these guests any more, and a branch in its window would be waited for.
+            await asyncio.to_thread(end_processes_in, folder)
+            raise
         finally:
             await _delete_all(client)
             await client.close()

@@ -81,6 +81,7 @@ class Outcome:
     server_version: str = ""
     vmm: Vmm | None = None
     guest: str = "witness: a small kernel that stamps its memory and tells what it finds; not Linux"
+    kernel: Path | None = None
     memory_mib: int = 0
     branches: list[BranchRow] = field(default_factory=list)
     children: int = 0
@@ -125,7 +126,7 @@ async def perform(options: Options, teller: Teller) -> Outcome:
     outcome = Outcome()
     with temporary_folder() as folder, staging_folder(folder.name) as staging:
         outcome.memory_mib = options.memory_mib or memory_mib(folder)
-        kernel = await asyncio.to_thread(witness_kernel)
+        kernel = outcome.kernel = await asyncio.to_thread(witness_kernel)
         async with running_server(folder, kernel.parent, staging=staging, vmm=options.vmm) as fp:
             info = await fp.server.info()
             outcome.server_version, outcome.vmm = info.version, info.vmm
@@ -253,8 +254,8 @@ class _Story:
         guests = [Witness(child) for child in children]
         found = await asyncio.gather(*(self._examine_child(g, at_branch) for g in guests))
         self._claim(
-            f"each child holds exactly generation {at_branch.generation}, all"
-            f" {len(at_branch.pages)} stamped pages of it, none torn or misplaced",
+            f"each child holds exactly generation {at_branch.generation}:"
+            f" {len(at_branch.pages)} pages, none torn or misplaced",
             [each for each in found if each],
         )
         self._claim(

@@ -45,7 +45,7 @@ def fork_spec(
 ) -> fork_pb2.ForkSpec:
     """What children are wanted."""
     if not 0 < count < 2**32:
-        raise ValueError(f"count is {count}: ask for at least one child")
+        raise ValueError(f"count is {count}: ask for at least one child, within the limit")
     return fork_pb2.ForkSpec(
         count=count,
         fork_id=fork_id or "",

@@ -155,6 +155,13 @@ def test_ctrl_c_ends_the_watching_and_not_the_work(
     fake.wait_for(lambda: len(fake.snapshots) == 1)
 
 
+def test_the_words_of_docker_and_kubectl_work_as_well(fake: Fake) -> None:
+    fake.add_sandbox("agent-7")
+    assert data("sandbox", "ls") == data("sandbox", "list")
+    assert data("snapshot", "ls") == data("branch", "ls") == []
+    assert data("sandbox", "delete", "agent-7") == {"deleted": ["agent-7"]}
+
+
 def test_a_refusal_is_said_with_its_reason_and_its_code(fake: Fake) -> None:
     fake.add_sandbox("agent-7")
     fake.refusal = status_of(code_pb2.RESOURCE_EXHAUSTED, "NO_DISK_SPACE", "10 MiB are missing")

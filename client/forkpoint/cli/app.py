@@ -58,6 +58,11 @@ app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("version")(server.version)
 sandbox.app.command("console")(console.console)
+# What a hand types that is used to docker or kubectl.
+for room in (sandbox, branch, snapshot):
+    room.app.command("ls", hidden=True)(room.list_)
+for owner in (sandbox, snapshot):
+    owner.app.command("delete", hidden=True)(owner.rm)
 
 
 def _say_version(wanted: bool) -> None:

@@ -465,6 +465,7 @@ async def test_a_source_killed_after_the_window_leaves_a_good_snapshot(
         branching = asyncio.ensure_future(house.branch("src", snapshot_id="last"))
         await hold.reached()
         os.kill((await house.get("src")).pid, signal.SIGKILL)
+        await stopped(house, "src")
     assert (await branching).stage == READY_STAGE
     child = await house.child("last")
     assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)

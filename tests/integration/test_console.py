@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from forkpointd.model import ForkpointError, Reason
+from forkpointd.sandboxes import console
 from forkpointd.sandboxes.console import Consoles
 from forkpointd.vmm import CONSOLE_INPUT_NAME, CONSOLE_OUTPUT_NAME
 from tests.integration.vmms import Bench, Guest, stand_still, wait_for
@@ -163,6 +164,23 @@ async def test_a_follower_of_a_deleted_file_ends_though_its_id_is_in_use_again(
     async with asyncio.timeout(5):
         await follower.task
     consoles.close()
+
+
+async def test_what_a_guest_writes_meanwhile_is_not_taken_for_trimmed(
+    house: House, consoles: Consoles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = house.add_file("a", tmp_path / "a", b"")
+    real = console._first_data
+
+    def first_data(fd: int, offset: int) -> int | None:
+        found = real(fd, offset)
+        output.write_bytes(b"hello")
+        return found
+
+    monkeypatch.setattr(console, "_first_data", first_data)
+    first, _ = await consoles.bounds("a")
+    assert first == 0
+    assert await consoles.bounds("a") == (0, 5)
 
 
 async def test_an_unknown_sandbox_has_no_console(consoles: Consoles) -> None:

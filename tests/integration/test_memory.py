@@ -255,6 +255,11 @@ async def test_a_sandbox_that_was_ended_for_memory_says_so(serve: Start, server:
             await stopped(house, "hungry")
         finally:
             await limit.remove()
+
+        async def explained() -> bool:
+            return bool((await house.get("hungry")).exit.explanation)
+
+        await until(explained)  # a moment after its end: the kernel kills first and then tells
         end = (await house.get("hungry")).exit
         assert end.cause == sandbox_pb2.SANDBOX_EXIT_CAUSE_OUT_OF_MEMORY, end
         assert f"Killed process {pid} " in end.explanation

@@ -275,11 +275,12 @@ def _bounds(path: Path) -> tuple[int, int]:
     except FileNotFoundError:  # it is being made, or deleted
         return 0, 0
     try:
-        first = _first_data(fd, 0)
+        # In this order: what the guest writes in between must not look as if it had been trimmed.
         end = os.fstat(fd).st_size
+        first = _first_data(fd, 0)
     finally:
         os.close(fd)
-    return end if first is None else first, end
+    return end if first is None else min(first, end), end
 
 
 def _open_input(folder: Path) -> int:

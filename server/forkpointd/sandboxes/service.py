@@ -285,20 +285,16 @@ class Sandboxes:
     async def _note_exit(self, live: LiveSandbox, vmm: Vmm, exit_: SandboxExit) -> None:
         if live.vmm is not vmm or live.row.state is SandboxState.DELETING:
             return
+        await _note_stopped(live, exit_)
+        # Whether it was for memory is known a moment later: the kernel kills first and then tells.
         if exit_.signal == signal.SIGKILL or (exit_.exit_code, exit_.signal) == NOT_SEEN:
             exit_ = await self.with_cause(exit_, vmm.record)
+            await _note_stopped(live, exit_)
         log.warning(
             "sandbox %s: its VMM %s; last words: %s",
             live.sandbox_id,
             describe_exit(exit_),
             exit_.last_words or "none",
-        )
-        await live.edit(
-            lambda row: (
-                row
-                if row.state is SandboxState.DELETING
-                else replace(row, state=SandboxState.STOPPED, exit=exit_, expire_time=None)
-            )
         )
 
     async def with_cause(
@@ -493,6 +489,16 @@ class Sandboxes:
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._files, work, *arguments)
+
+
+async def _note_stopped(live: LiveSandbox, exit_: SandboxExit) -> None:
+    await live.edit(
+        lambda row: (
+            row
+            if row.state is SandboxState.DELETING
+            else replace(row, state=SandboxState.STOPPED, exit=exit_, expire_time=None)
+        )
+    )
 
 
 def new_id(prefix: str) -> str:

@@ -6,6 +6,8 @@
 
 BIN := .venv/bin
 PY := $(BIN)/python
+# Tests at a time (JOBS=0: in one process, for a debugger); each starts servers and VMMs of its own.
+JOBS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 # What is there of the folders with Python in them.
 PYTHON_DIRS := $(wildcard server client tests bench tools)
 
@@ -32,8 +34,8 @@ check: env stubs ## lint, format, types, imports between the rooms, the contract
 	@tools/check $(PYTHON_DIRS)
 
 test: env stubs firecracker-if-kvm check ## everything this project tests with (ARGS=... goes to pytest)
-	@echo "==> pytest"
-	@$(BIN)/pytest -q -rs $(ARGS)
+	@echo "==> pytest, $(JOBS) at a time"
+	@$(BIN)/pytest -q -rs -n $(JOBS) --dist loadfile $(ARGS)
 
 demo: env stubs firecracker-if-kvm ## a running source is branched and forked before your eyes (ARGS=--json)
 	@$(BIN)/forkpoint demo $(ARGS)

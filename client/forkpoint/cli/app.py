@@ -20,6 +20,7 @@ from forkpoint.cli import (
     tree,
 )
 from forkpoint.cli.common import Address, Json
+from forkpoint.cli.hints import TopGroup
 
 HELP = f"""
 Branch a running microVM in milliseconds, and start copies of that very moment.
@@ -42,6 +43,7 @@ Examples:
 
 app = typer.Typer(
     name="forkpoint",
+    cls=TopGroup,
     help=HELP,
     no_args_is_help=True,
     rich_markup_mode="markdown",

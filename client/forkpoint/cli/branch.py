@@ -10,6 +10,7 @@ import typer
 import forkpoint
 from forkpoint.cli import output
 from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
+from forkpoint.cli.hints import BranchGroup
 from forkpoint.cli.progress import BranchDisplay, pause_facts
 from forkpoint.views import BranchUpdate
 
@@ -19,7 +20,10 @@ app = typer.Typer(
 The sandbox (the *source*) stands still for the *pause window* only, in which the memory that
 changed since its last snapshot is written; the rest is copied before and after. The branch
 belongs to the server: Ctrl-C stops the watching, `forkpoint branch cancel` stops the branch.
+
+Example: `forkpoint branch start agent-7`
 """,
+    cls=BranchGroup,
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -93,7 +97,10 @@ def start(
 def watch(
     branch_id: BranchId, timeout: Timeout = None, address: Address = None, json: Json = False
 ) -> None:
-    """Follow a branch from where it stands to its end. With --json: an object a line."""
+    """Follow a branch from where it stands to its end. With --json: an object a line.
+
+    Example: `forkpoint branch watch br-1`
+    """
 
     async def work() -> BranchUpdate:
         async with forkpoint.connect(address) as fp:
@@ -117,7 +124,10 @@ def list_(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """List branches, oldest first."""
+    """List branches, oldest first.
+
+    Example: `forkpoint branch list --source agent-7 --stage failed`
+    """
 
     async def work() -> list[BranchUpdate]:
         async with forkpoint.connect(address) as fp:
@@ -154,7 +164,10 @@ def list_(
 
 @app.command()
 def cancel(branch_id: BranchId, address: Address = None, json: Json = False) -> None:
-    """Stop a branch before its pause window. After that, delete its snapshot instead."""
+    """Stop a branch before its pause window. After that, delete its snapshot instead.
+
+    Example: `forkpoint branch cancel br-1`
+    """
 
     async def work() -> BranchUpdate:
         async with forkpoint.connect(address) as fp:

@@ -45,6 +45,9 @@ def console(
             metavar="SPAN", help="Input from a pipe: end when the guest is silent for so long."
         ),
     ] = "1s",
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Or print what there is, and end.")
+    ] = True,
     line_feed: Annotated[
         bool,
         typer.Option(
@@ -62,6 +65,7 @@ def console(
     Examples:
 
     - `forkpoint sandbox console agent-7`
+    - `forkpoint sandbox console agent-7 --no-follow` prints what was said
     - `echo uptime | forkpoint sandbox console agent-7`
     - `echo make | forkpoint sandbox console agent-7 --until 'exit code [0-9]+' --timeout 10m`
     - `forkpoint sandbox console agent-7 --read-only --json`
@@ -73,6 +77,10 @@ def console(
     async def work() -> None:
         async with forkpoint.connect(address) as fp:
             sandbox = await fp.sandboxes.get(sandbox_id)
+            if not follow:
+                async for offset, data in sandbox.console.follow(tail_bytes=tail, end=True):
+                    _write(data, offset, json=json)
+                return
             attachment = sandbox.console.attach(tail_bytes=start, read_only=read_only)
             async with attachment as attached:
                 session = _Session(attached, json=json)
@@ -87,6 +95,14 @@ def console(
     run(work, json=json)
 
 
+def _write(data: bytes, offset: int, *, json: bool) -> None:
+    if json:
+        output.print_json({"offset": offset, "text": data}, line=True)
+        return
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
 class _Session:
     """One attachment and this process's input and output."""
 
@@ -95,12 +111,7 @@ class _Session:
         self._json = json
 
     def _write(self, data: bytes) -> None:
-        if self._json:
-            offset = self._attached.offset - len(data)
-            output.print_json({"offset": offset, "text": data}, line=True)
-            return
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        _write(data, self._attached.offset - len(data), json=self._json)
 
     async def show(
         self, wanted: re.Pattern[bytes] | None, timeout: durations.Duration | None

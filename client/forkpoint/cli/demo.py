@@ -32,6 +32,8 @@ def demo(
     It starts a server of its own in a temporary folder, proves page by page what it claims, prints
     one table, and leaves nothing behind, not after Ctrl-C either. Exit code 1: a claim did not
     hold.
+
+    Example: `forkpoint demo --memory 1G`
     """
     if not json:
         output.out.print("[bold]forkpoint demo[/bold]: a server of its own is being started ...")

@@ -23,6 +23,8 @@ def doctor(address: Address = None, json: Json = False) -> None:
 
     Each thing that is missing comes with its remedy. Works without a server. Exit code 1: a check
     failed; warnings are slower or less, but work.
+
+    Example: `forkpoint doctor --json`
     """
     from forkpoint.doctor import examine
 

@@ -9,13 +9,19 @@ from typing import Annotated
 import typer
 
 import forkpoint
-from forkpoint.cli import exits, output
-from forkpoint.cli.common import Address, Json, Labels, Ttl, collect, fail, pairs, run
-from forkpoint.errors import ForkpointError
+from forkpoint.cli import output
+from forkpoint.cli.common import Address, Json, Labels, Ttl, collect, pairs, run
+from forkpoint.cli.deletions import Deletions, delete_each, say_deleted
 from forkpoint.views import Drive, SandboxView
 
 app = typer.Typer(
-    help="MicroVMs: create them, look at them, pause them, talk to their consoles.",
+    help="""MicroVMs: create them, look at them, pause them, talk to their consoles.
+
+A *sandbox* is one microVM: a Firecracker process, its folder, its console. It comes from a kernel
+or from a snapshot, and outlives the server.
+
+Example: `forkpoint sandbox create agent-7 --kernel ./vmlinux --memory 512`
+""",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -151,7 +157,10 @@ def list_(
 
 @app.command()
 def get(sandbox_id: SandboxId, address: Address = None, json: Json = False) -> None:
-    """Show one sandbox."""
+    """Show one sandbox.
+
+    Example: `forkpoint sandbox get agent-7 --json`
+    """
 
     async def work() -> SandboxView:
         async with forkpoint.connect(address) as fp:
@@ -195,7 +204,10 @@ def update(
 
 @app.command()
 def pause(sandbox_id: SandboxId, address: Address = None, json: Json = False) -> None:
-    """Make a sandbox stand still. It doesn't expire while it does."""
+    """Make a sandbox stand still. It doesn't expire while it does.
+
+    Example: `forkpoint sandbox pause agent-7`
+    """
 
     async def work() -> SandboxView:
         async with forkpoint.connect(address) as fp:
@@ -206,7 +218,10 @@ def pause(sandbox_id: SandboxId, address: Address = None, json: Json = False) ->
 
 @app.command()
 def resume(sandbox_id: SandboxId, address: Address = None, json: Json = False) -> None:
-    """Let a paused sandbox run."""
+    """Let a paused sandbox run.
+
+    Example: `forkpoint sandbox resume agent-7`
+    """
 
     async def work() -> SandboxView:
         async with forkpoint.connect(address) as fp:
@@ -224,35 +239,16 @@ def rm(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """End sandboxes and remove their folders. Their snapshots and children stay."""
+    """End sandboxes and remove their folders. Their snapshots and children stay.
 
-    async def work() -> tuple[list[str], list[ForkpointError]]:
-        deleted: list[str] = []
-        failures: list[ForkpointError] = []
+    Example: `forkpoint sandbox rm agent-7 agent-8`
+    """
+
+    async def work() -> Deletions:
         async with forkpoint.connect(address) as fp:
-            for sandbox_id in sandbox_ids:
-                try:
-                    await fp.sandboxes.delete(sandbox_id, missing_ok=force)
-                    deleted.append(sandbox_id)
-                except ForkpointError as error:
-                    failures.append(error)
-        return deleted, failures
+            return await delete_each(fp.sandboxes.delete, sandbox_ids, force=force)
 
-    deleted, failures = run(work, json=json)
-    say_deleted(deleted, failures, json=json)
-
-
-def say_deleted(deleted: list[str], failures: list[ForkpointError], *, json: bool) -> None:
-    """What was deleted, and what could not be."""
-    if json:
-        output.print_json({"deleted": deleted})
-    else:
-        for name in deleted:
-            output.out.print(f"deleted {name}")
-    for failure in failures:
-        fail(failure, json=json)
-    if failures:
-        raise typer.Exit(exits.code_of(failures[0]))
+    say_deleted(run(work, json=json), json=json)
 
 
 def say_state(found: SandboxView, *, json: bool) -> None:
@@ -288,6 +284,7 @@ def show(found: SandboxView, *, json: bool) -> None:
     state = found.state.value
     if found.wished_state.value not in ("UNSPECIFIED", state):
         state += f" (its owner wants it {found.wished_state.value})"
+    alive = found.exit is None
     output.facts(
         [
             ("sandbox", found.id),
@@ -305,8 +302,8 @@ def show(found: SandboxView, *, json: bool) -> None:
                 if found.expire_time
                 else None,
             ),
-            ("next diff", base_text),
-            ("VMM", f"{found.vmm}" + (f", pid {found.pid}" if found.pid else "")),
+            ("next diff", base_text if alive else None),
+            ("VMM", f"{found.vmm}" + (f", pid {found.pid}" if found.pid and alive else "")),
             ("ended", _exit_text(found)),
         ]
     )

@@ -17,7 +17,10 @@ from forkpoint.errors import ForkpointError, VersionMismatchWarning
 from forkpoint.views import ServerInfo
 
 app = typer.Typer(
-    help="The server itself.",
+    help="""The server itself.
+
+Example: `forkpoint server info`
+""",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -84,7 +87,10 @@ def _memory_text(found: ServerInfo) -> str | None:
 
 
 def version(address: Address = None, json: Json = False) -> None:
-    """Print the versions of the client and, where it can be reached, of the server."""
+    """Print the versions of the client and, where it can be reached, of the server.
+
+    Example: `forkpoint version --json`
+    """
 
     async def work() -> ServerInfo:
         async with forkpoint.connect(address, hello=False, timeout=5) as fp:

@@ -9,12 +9,17 @@ import typer
 import forkpoint
 from forkpoint.cli import output
 from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
-from forkpoint.cli.sandbox import say_deleted
-from forkpoint.errors import ForkpointError
+from forkpoint.cli.deletions import Deletions, delete_each, say_deleted
 from forkpoint.views import SnapshotView
 
 app = typer.Typer(
-    help="Images from which sandboxes start. `forkpoint branch start` makes them.",
+    help="""Images from which sandboxes start.
+
+A *snapshot* is a sandbox's memory and devices at one moment; it never changes. `forkpoint branch
+start` makes one of a running sandbox, `forkpoint fork` starts sandboxes from it.
+
+Example: `forkpoint snapshot list --source agent-7`
+""",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -31,7 +36,10 @@ def list_(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """List snapshots, oldest first."""
+    """List snapshots, oldest first.
+
+    Example: `forkpoint snapshot list -l team=search`
+    """
 
     async def work() -> list[forkpoint.Snapshot]:
         async with forkpoint.connect(address) as fp:
@@ -66,7 +74,10 @@ def list_(
 
 @app.command()
 def get(snapshot_id: SnapshotId, address: Address = None, json: Json = False) -> None:
-    """Show one snapshot."""
+    """Show one snapshot.
+
+    Example: `forkpoint snapshot get snap-1 --json`
+    """
 
     async def work() -> SnapshotView:
         async with forkpoint.connect(address) as fp:
@@ -83,7 +94,10 @@ def update(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Replace all labels of a snapshot."""
+    """Replace all labels of a snapshot.
+
+    Example: `forkpoint snapshot update snap-1 -l release=7`
+    """
 
     async def work() -> SnapshotView:
         if bool(label) == no_labels:
@@ -103,22 +117,16 @@ def rm(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Delete snapshots. Nothing that was made from them breaks."""
+    """Delete snapshots. Nothing that was made from them breaks.
 
-    async def work() -> tuple[list[str], list[ForkpointError]]:
-        deleted: list[str] = []
-        failures: list[ForkpointError] = []
+    Example: `forkpoint snapshot rm snap-1 snap-2`
+    """
+
+    async def work() -> Deletions:
         async with forkpoint.connect(address) as fp:
-            for snapshot_id in snapshot_ids:
-                try:
-                    await fp.snapshots.delete(snapshot_id, missing_ok=force)
-                    deleted.append(snapshot_id)
-                except ForkpointError as error:
-                    failures.append(error)
-        return deleted, failures
+            return await delete_each(fp.snapshots.delete, snapshot_ids, force=force)
 
-    deleted, failures = run(work, json=json)
-    say_deleted(deleted, failures, json=json)
+    say_deleted(run(work, json=json), json=json)
 
 
 def show(found: SnapshotView, *, json: bool) -> None:

@@ -73,6 +73,8 @@ def tree(address: Address = None, json: Json = False) -> None:
     """Show the lineage: sandboxes, the snapshots branched from them, and their children.
 
     What was deleted is shown as long as something of it is left.
+
+    Example: `forkpoint tree`
     """
 
     async def work() -> tuple[list[forkpoint.Sandbox], list[forkpoint.Snapshot]]:

@@ -262,10 +262,7 @@ class Branches:
                 return view
             raise ForkpointError(
                 Reason.BRANCH_NOT_CANCELLABLE,
-                f"branch {branch_id} has FAILED already: there is nothing left to cancel"
-                if view.branch.stage is BranchStage.FAILED
-                else f"branch {branch_id} is {view.branch.stage} and can't be cancelled any more: "
-                f"delete its snapshot {view.branch.snapshot_id} instead",
+                _not_cancellable(view.branch),
                 metadata={"branch_id": branch_id, "stage": str(view.branch.stage)},
             )
         life.stop(
@@ -323,3 +320,14 @@ class Branches:
     async def close(self) -> None:
         """Stops all work. What was past its window is finished by the next start."""
         await self._shop.tasks.cancel()
+
+
+def _not_cancellable(branch: Branch) -> str:
+    """Why it is too late, and what to do."""
+    if branch.stage is BranchStage.FAILED:
+        return f"branch {branch.branch_id} has FAILED already: there is nothing left to cancel"
+    where = "opens its pause window" if branch.pause_window is None else f"is {branch.stage}"
+    return (
+        f"branch {branch.branch_id} {where} and can't be cancelled any more: delete its snapshot "
+        f"{branch.snapshot_id} instead"
+    )

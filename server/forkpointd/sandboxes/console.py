@@ -302,6 +302,7 @@ def _trim(folder: Path, keep_bytes: int) -> None:
 def _not_running(sandbox_id: str) -> ForkpointError:
     return ForkpointError(
         Reason.SANDBOX_NOT_RUNNING,
-        f"sandbox {sandbox_id} does not run, so nobody reads its console",
+        f"sandbox {sandbox_id} does not run, so nobody reads its console; what it said "
+        "can still be read (read_only)",
         metadata={"sandbox_id": sandbox_id},
     )

@@ -1,4 +1,4 @@
-"""From rows to the targets: which trials answer which, by the rules of DESIGN.md, section 9.
+"""From rows to the targets: which trials answer which, by the rules of bench/README.md.
 
 All windows are compared by Firecracker's own figures (`vmm_total_us`): what the guest stood still,
 whoever asked for it. A trial of forkpoint that failed, or was refused, counts as infinitely slow.

@@ -182,7 +182,8 @@ def _fail(code: int, message: str) -> int:
 
 def _describe(error: ValidationError) -> str:
     lines = [
-        f"setting {'.'.join(str(part) for part in one['loc']) or '?'}: {one['msg']}"
+        f"setting {'.'.join(str(part) for part in one['loc']) or '?'}: "
+        + one["msg"].removeprefix("Value error, ")
         for one in error.errors(include_url=False)
     ]
     return "; ".join(lines)

@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 
 from forkpointd.branching.admission import expected_diff_bytes
+from forkpointd.branching.prediction import ALWAYS_US, GIB, PausePredictor
 from forkpointd.images import Extents
-from forkpointd.model import MIB, ProcessRecord, Sandbox
+from forkpointd.model import (
+    MIB,
+    BranchMode,
+    PauseWindow,
+    ProcessRecord,
+    Sandbox,
+    StagingKind,
+)
 from forkpointd.sandboxes.live import LastDiff
 from forkpointd.vmm import resident_bytes
-from tests.unit.registry_making import sandbox
+from tests.unit.registry_making import START, sandbox
 
 PROCESS = ProcessRecord("boot", 17, 1, Path("/firecracker"), 1, 1)
 
@@ -71,3 +79,63 @@ def test_resident_memory_is_what_the_process_wrote() -> None:
     assert len(block) <= resident_bytes(os.getpid()) - before < 80 * MIB
     del block
     assert resident_bytes(2**22 + 1) == 0
+
+
+# --- its length --------------------------------------------------------------------------------
+
+
+def window(total_us: int, dirty_bytes: int, *, was_paused: bool = False) -> PauseWindow:
+    return PauseWindow(START, total_us, 0, 0, 0, dirty_bytes, StagingKind.TMPFS, was_paused)
+
+
+def predict(predictor: PausePredictor, memory_gib: int, data_mib: int) -> int:
+    return predictor.predict_us(
+        BranchMode.DIFF,
+        StagingKind.TMPFS,
+        memory_bytes=memory_gib * GIB,
+        data_bytes=data_mib * MIB,
+    )
+
+
+def test_a_larger_guest_and_a_larger_diff_take_longer() -> None:
+    predictor = PausePredictor()
+    assert ALWAYS_US < predict(predictor, 1, 0) < predict(predictor, 8, 0) < 20_000
+    assert predict(predictor, 8, 100) > predict(predictor, 8, 0) + 10_000
+
+
+def test_a_prediction_comes_to_be_right_on_a_host_of_another_speed() -> None:
+    predictor = PausePredictor()
+    for _ in range(30):
+        predictor.observe(BranchMode.DIFF, window(9_300, 0), memory_bytes=4 * GIB)
+        predictor.observe(BranchMode.DIFF, window(29_300, 100 * MIB), memory_bytes=4 * GIB)
+    assert predict(predictor, 4, 0) == pytest.approx(9_300, rel=0.01)
+    assert predict(predictor, 4, 100) == pytest.approx(29_300, rel=0.01)
+    assert predict(predictor, 8, 50) == pytest.approx(ALWAYS_US + 16_000 + 10_000, rel=0.01)
+
+
+def test_one_window_on_a_busy_machine_is_not_believed() -> None:
+    predictor = PausePredictor()
+    before = predict(predictor, 4, 0)
+    predictor.observe(BranchMode.DIFF, window(60_000_000, 0), memory_bytes=4 * GIB)
+    assert before < predict(predictor, 4, 0) < 2 * before
+
+
+def test_a_window_of_a_paused_source_says_nothing() -> None:
+    predictor = PausePredictor()
+    before = predict(predictor, 4, 100)
+    predictor.observe(BranchMode.DIFF, window(1, 100 * MIB, was_paused=True), memory_bytes=4 * GIB)
+    assert predict(predictor, 4, 100) == before
+
+
+def test_a_full_window_teaches_what_writing_costs_and_nothing_about_diffs() -> None:
+    predictor = PausePredictor()
+    diff = predict(predictor, 4, 100)
+    for _ in range(30):
+        predictor.observe(
+            BranchMode.FULL, window(ALWAYS_US + 409_600, 4 * GIB), memory_bytes=4 * GIB
+        )
+    full = predictor.predict_us(
+        BranchMode.FULL, StagingKind.TMPFS, memory_bytes=8 * GIB, data_bytes=8 * GIB
+    )
+    assert full == pytest.approx(ALWAYS_US + 819_200, rel=0.01)
+    assert predict(predictor, 4, 100) == diff

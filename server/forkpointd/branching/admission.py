@@ -103,8 +103,13 @@ class Admission:
     ) -> Plan:
         """The mode for a source as it is now. Raises DIRTY_BASE_INVALID or PAUSE_TOO_LONG."""
         base = row.dirty_base
-        full_us = self._predictor.predict_us(BranchMode.FULL, staging, row.machine.memory_bytes)
-        diff_us = self._predictor.predict_us(BranchMode.DIFF, staging, expected_diff_bytes)
+        memory_bytes = row.machine.memory_bytes
+        full_us = self._predictor.predict_us(
+            BranchMode.FULL, staging, memory_bytes=memory_bytes, data_bytes=memory_bytes
+        )
+        diff_us = self._predictor.predict_us(
+            BranchMode.DIFF, staging, memory_bytes=memory_bytes, data_bytes=expected_diff_bytes
+        )
         valid = base.state is DirtyBaseState.VALID
         if requested is BranchMode.DIFF:
             if not valid:

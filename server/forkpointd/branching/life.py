@@ -214,7 +214,7 @@ class BranchLife:
         """PAUSED and RESUMED, before any further work; then the rest."""
         mode = self.branch.mode
         assert mode is not None
-        self._shop.predictor.observe(mode, window)
+        self._shop.predictor.observe(mode, window, memory_bytes=self._source.memory_bytes)
         self.record.note_window(window)
         if self._holding.staged is not None:
             self._holding.staged.consume(max(0, window.dirty_bytes - self._ahead_bytes))

@@ -28,6 +28,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -241,8 +242,14 @@ def _download(url: str) -> bytes:
     if not ended.wait(DOWNLOAD_SECONDS - (time.monotonic() - start)):
         raise _FetchFailedError(f"not complete within {DOWNLOAD_SECONDS:.0f} s")
     if failure:
-        raise _FetchFailedError(str(failure[0])) from failure[0]
+        raise _FetchFailedError(_told(failure[0])) from failure[0]
     return body.getvalue()
+
+
+def _told(error: Exception) -> str:
+    """A failure in the words of the system, without what urllib wraps around them."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return reason.strerror if isinstance(reason, OSError) and reason.strerror else str(error)
 
 
 def _from_wheel() -> bytes:

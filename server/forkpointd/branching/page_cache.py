@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forkpointd.images import MEMINFO, meminfo_bytes
 from forkpointd.vmm import MemoryCgroup
-
-_MEMINFO = Path("/proc/meminfo")
 
 
 class PageCache:
     """The page cache that this server and its guests share."""
 
-    def __init__(self, cgroup: MemoryCgroup | None, meminfo: Path = _MEMINFO) -> None:
+    def __init__(self, cgroup: MemoryCgroup | None, meminfo: Path = MEMINFO) -> None:
         """`cgroup`: the one that they run in; its limit, or one above it, may be nearer than the
         host's."""
         self._cgroup = cgroup
@@ -27,30 +26,19 @@ class PageCache:
 
     def room_bytes(self) -> int:
         """Memory that is free, or caches what no process has mapped. Blocks. Raises OSError."""
-        figures = _figures(self._meminfo)
-        room = 1024 * (
-            figures["MemFree:"]
-            + figures["Active(file):"]
-            + figures["Inactive(file):"]
-            - figures["Mapped:"]
+        free, active, inactive, mapped = meminfo_bytes(
+            "MemFree", "Active(file)", "Inactive(file)", "Mapped", path=self._meminfo
         )
+        room = free + active + inactive - mapped
         for group in () if self._cgroup is None else self._cgroup.upwards():
             try:
-                found = group.limit_and_use()
-                mapped = _figures(group.folder / "memory.stat")[group.mapped_key]
+                if found := group.limit_and_use():
+                    limit, used = found
+                    room = min(room, limit - used - group.mapped_bytes())
             except OSError:  # the root of version 2 has no such files
                 continue
-            if found is not None:
-                limit, used = found
-                room = min(room, limit - used - mapped)
         return max(0, room)
 
     def is_crowded_by(self, count: int) -> bool:
         """Whether `count` bytes more would push out what is mapped. Blocks. Raises OSError."""
         return self.room_bytes() < count
-
-
-def _figures(path: Path) -> dict[str, int]:
-    """The first two words of each line."""
-    lines = path.read_text(encoding="ascii").splitlines()
-    return {words[0]: int(words[1]) for words in map(str.split, lines)}

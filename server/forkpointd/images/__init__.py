@@ -37,7 +37,9 @@ from forkpointd.images.fits import Mismatch, can_read, check_fits
 from forkpointd.images.hostfacts import HostFacts, read_host_facts
 from forkpointd.images.manifest import DriveWitness, Manifest
 from forkpointd.images.space import (
+    MEMINFO,
     Budget,
+    Ledger,
     NoRoom,
     Reservation,
     Room,
@@ -45,6 +47,7 @@ from forkpointd.images.space import (
     StagingChoice,
     StagingRoom,
     choose_staging,
+    meminfo_bytes,
 )
 from forkpointd.images.staging import (
     StagingArea,
@@ -57,6 +60,7 @@ from forkpointd.images.store import Draft, SnapshotStore, StoredSnapshot, data_b
 from forkpointd.images.zeros import copy_full, punch_zeros
 
 __all__ = [
+    "MEMINFO",
     "Budget",
     "CopyResult",
     "Draft",
@@ -65,6 +69,7 @@ __all__ = [
     "Extents",
     "HostFacts",
     "ImageError",
+    "Ledger",
     "Manifest",
     "Mismatch",
     "NoRoom",
@@ -96,6 +101,7 @@ __all__ = [
     "first_of",
     "load_extents",
     "make_empty_image",
+    "meminfo_bytes",
     "merge_diff",
     "probe_staging",
     "punch_zeros",

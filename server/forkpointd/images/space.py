@@ -20,7 +20,7 @@ from forkpointd.model import StagingKind
 FULL_TMPFS_TIMES = 3
 """A FULL window is staged on tmpfs only where it fits so many times over (step 1)."""
 
-_MEMINFO = Path("/proc/meminfo")
+MEMINFO = Path("/proc/meminfo")
 
 
 class NoRoom(Exception):
@@ -273,9 +273,20 @@ class StagingRoom:
         return self._area.used_bytes() + self._tmpfs.ledger.reserved_bytes
 
 
-def available_memory_bytes(meminfo: Path = _MEMINFO) -> int:
-    """MemAvailable: what can be had without swapping (proc(5)). Raises OSError."""
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{meminfo} has no MemAvailable")
+def available_memory_bytes(meminfo: Path = MEMINFO) -> int:
+    """MemAvailable: what can be had without swapping. Raises OSError."""
+    return meminfo_bytes("MemAvailable", path=meminfo)[0]
+
+
+def meminfo_bytes(*names: str, path: Path = MEMINFO) -> tuple[int, ...]:
+    """Figures of proc_meminfo(5), which are in KiB there. Raises OSError, also where one is
+    missing."""
+    figures = {}
+    for line in path.read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name in names:
+            figures[name] = int(value.split()[0]) * 1024
+    try:
+        return tuple(figures[name] for name in names)
+    except KeyError as error:
+        raise OSError(f"{path} has no {error.args[0]}") from error

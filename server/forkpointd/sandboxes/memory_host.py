@@ -8,21 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forkpointd.images import MEMINFO, meminfo_bytes
 from forkpointd.sandboxes.memory import HostMemory
 from forkpointd.vmm import MemoryCgroup
 
-_MEMINFO = Path("/proc/meminfo")
 
-
-def host_memory(cgroup: MemoryCgroup | None, meminfo: Path = _MEMINFO) -> HostMemory:
+def host_memory(cgroup: MemoryCgroup | None, meminfo: Path = MEMINFO) -> HostMemory:
     """The least of what the host has and what `cgroup` and those that it lies in may have. Raises
     OSError."""
-    figures = {}
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name in ("MemTotal", "MemAvailable"):
-            figures[name] = int(value.split()[0]) * 1024
-    total, available = figures["MemTotal"], figures["MemAvailable"]
+    total, available = meminfo_bytes("MemTotal", "MemAvailable", path=meminfo)
     for group in () if cgroup is None else cgroup.upwards():
         try:
             found = group.limit_and_use()

@@ -38,11 +38,6 @@ class MemoryCgroup:
         for memory."""
         return self.folder / ("memory.events" if self.version == 2 else "memory.oom_control")
 
-    @property
-    def mapped_key(self) -> str:
-        """The key, in its `memory.stat`, of the bytes of files that processes have mapped."""
-        return "file_mapped" if self.version == 2 else "total_mapped_file"
-
     def limit_and_use(self) -> tuple[int, int] | None:
         """Bytes that it may have, and bytes that it has and the kernel can't simply take back:
         the page cache of files is not among them. None where there is no limit.
@@ -50,20 +45,25 @@ class MemoryCgroup:
         Raises OSError where it has no such files: the root of version 2 has none.
         """
         if self.version == 2:
-            limit_name, use_name, cache_prefix = "memory.max", "memory.current", ""
+            limit_name, use_name = "memory.max", "memory.current"
+            cache_keys = ("active_file", "inactive_file")
         else:
             limit_name, use_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache_prefix = "total_"  # with the groups below it
+            cache_keys = ("total_active_file", "total_inactive_file")  # with the groups below it
         limit = (self.folder / limit_name).read_text(encoding="ascii").strip()
         if limit == "max":
             return None
         use = int((self.folder / use_name).read_text(encoding="ascii"))
-        cache_keys = (f"{cache_prefix}active_file", f"{cache_prefix}inactive_file")
-        for line in (self.folder / "memory.stat").read_text(encoding="ascii").splitlines():
-            key, _, value = line.partition(" ")
-            if key in cache_keys:
-                use -= int(value)
-        return int(limit), max(0, use)
+        stat = self._stat()
+        return int(limit), max(0, use - sum(stat.get(key, 0) for key in cache_keys))
+
+    def mapped_bytes(self) -> int:
+        """Of files that its processes have mapped. Raises OSError as `limit_and_use`."""
+        return self._stat()["file_mapped" if self.version == 2 else "total_mapped_file"]
+
+    def _stat(self) -> dict[str, int]:
+        lines = (self.folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        return {key: int(value) for key, value in map(str.split, lines)}
 
 
 def memory_cgroup(cgroups: Path = _CGROUPS, mounts: Path = _MOUNTS) -> MemoryCgroup | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from forkpointd.images import syscalls
 from forkpointd.images.errors import ImageError
-from forkpointd.images.extents import Extent, Extents, check_extents, find_extents, total_bytes
+from forkpointd.images.extents import Extent, Extents, check_extents, total_bytes
 from forkpointd.images.moving import (
     CHUNK_BYTES,
     Gate,
@@ -33,6 +33,7 @@ from forkpointd.images.moving import (
     create_file,
     move,
     open_file,
+    replacing,
 )
 from forkpointd.model import CopyMethod
 
@@ -106,12 +107,8 @@ def copy_whole(
     another name. Raises Stopped, ImageError, OSError with the path; then there is no `image_path`.
     """
     steps = Steps(progress, should_stop, gate, chunk_bytes, drop_behind)
-    with open_file(staged_path, os.O_RDONLY) as staged:
-        if staged.is_at(image_path):
-            raise ImageError(f"{image_path} is {staged_path} itself")
-        image_path.unlink(missing_ok=True)
-        with create_file(image_path) as image:
-            return _copy_data(staged, image, staged.size_bytes, steps, on_total)
+    with replacing(staged_path, image_path) as (staged, image):
+        return _copy_data(staged, image, staged.size_bytes, steps, on_total)
 
 
 def merge_diff(
@@ -184,10 +181,7 @@ def _copy_data(
 ) -> CopyResult:
     """The data of `source` into the empty `target`."""
     target.resize(size_bytes)
-    try:
-        extents = find_extents(source.fd, size_bytes)
-    except OSError as error:
-        raise source.named(error) from error
+    extents = source.data()
     count = total_bytes(extents)
     if on_total is not None:
         on_total(count)

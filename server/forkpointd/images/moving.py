@@ -12,12 +12,13 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from forkpointd.images import syscalls
 from forkpointd.images.errors import ImageError, Stopped
-from forkpointd.images.extents import Extents
+from forkpointd.images.extents import Extents, find_extents
 from forkpointd.model import MIB
 
 CHUNK_BYTES = 4 * MIB
@@ -87,6 +88,13 @@ class OpenFile:
         """Its size as of now."""
         return os.fstat(self.fd).st_size
 
+    def data(self) -> Extents:
+        """Its data (`find_extents`). Raises OSError with the path."""
+        try:
+            return find_extents(self.fd, self.size_bytes)
+        except OSError as error:
+            raise self.named(error) from error
+
     def resize(self, size_bytes: int) -> None:
         """Cuts it, or makes it longer by a hole."""
         try:
@@ -119,6 +127,19 @@ def create_file(path: Path) -> OpenFile:
     """A new file, private to this user. Raises FileExistsError, OSError."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     return OpenFile(path, os.open(path, flags, 0o600), made=True)
+
+
+@contextmanager
+def replacing(source_path: Path, target_path: Path) -> Iterator[tuple[OpenFile, OpenFile]]:
+    """A file, and a new one under another name, to be made of it; unlinked again if the block
+    fails. What had that name is unlinked first, never written into: it may have another name.
+    Raises ImageError where both names are one file, OSError."""
+    with open_file(source_path, os.O_RDONLY) as source:
+        if source.is_at(target_path):
+            raise ImageError(f"{target_path} is {source_path} itself")
+        target_path.unlink(missing_ok=True)
+        with create_file(target_path) as target:
+            yield source, target
 
 
 # --- moving ------------------------------------------------------------------------------------

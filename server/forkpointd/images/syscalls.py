@@ -65,18 +65,14 @@ def ficlone(target_fd: int, source_fd: int) -> None:
 def fallocate(fd: int, offset_bytes: int, length_bytes: int) -> None:
     """Gives a file its blocks ahead of time; its size and contents stay. Unlike glibc's
     posix_fallocate it never writes zeros where the file system can't: it raises EOPNOTSUPP."""
-    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    _check(_libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes))
 
 
 def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:
     """Gives a range of a file back to the disk: it reads as zeros from now on. Raises OSError
     EOPNOTSUPP where the file system can't."""
     flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-    if _libc.fallocate(fd, flags, offset_bytes, length_bytes) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    _check(_libc.fallocate(fd, flags, offset_bytes, length_bytes))
 
 
 def same_bytes(one_address: int, other_address: int, length_bytes: int) -> bool:
@@ -87,17 +83,13 @@ def same_bytes(one_address: int, other_address: int, length_bytes: int) -> bool:
 def start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:
     """Lets the kernel begin to write dirty pages to the disk, so that a later fsync has less to
     wait for; promises nothing (sync_file_range(2)). May wait for a busy disk. Raises OSError."""
-    if _libc.sync_file_range(fd, offset_bytes, length_bytes, _SYNC_FILE_RANGE_WRITE) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    _check(_libc.sync_file_range(fd, offset_bytes, length_bytes, _SYNC_FILE_RANGE_WRITE))
 
 
 def leave_cache(fd: int, offset_bytes: int, length_bytes: int) -> None:
     """Takes a range of a file out of the page cache, written to the disk first if need be; pages
     that some process has mapped stay. Promises nothing. Blocks for the disk. Raises OSError."""
-    if _libc.sync_file_range(fd, offset_bytes, length_bytes, _SYNC_FILE_RANGE_ALL) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    _check(_libc.sync_file_range(fd, offset_bytes, length_bytes, _SYNC_FILE_RANGE_ALL))
     os.posix_fadvise(fd, offset_bytes, length_bytes, os.POSIX_FADV_DONTNEED)
 
 
@@ -106,8 +98,13 @@ def filesystem_of(path: Path) -> str:
     hexadecimal where it has no name here. Raises OSError."""
     # struct statfs begins with f_type as a long on all 64-bit architectures; it has 120 bytes.
     answer = ctypes.create_string_buffer(256)
-    if _libc.statfs(os.fsencode(path), answer) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(path))
+    _check(_libc.statfs(os.fsencode(path), answer), path)
     magic = ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF
     return _FILESYSTEM_NAMES.get(magic, f"{magic:#x}")
+
+
+def _check(result: int, path: Path | None = None) -> None:
+    """What libc says by -1 and errno, as Python says it."""
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), None if path is None else str(path))

@@ -19,8 +19,6 @@ from pathlib import Path
 
 from forkpointd.images import syscalls
 from forkpointd.images.copying import CopyResult
-from forkpointd.images.errors import ImageError
-from forkpointd.images.extents import Extents, find_extents
 from forkpointd.images.moving import (
     CHUNK_BYTES,
     Gate,
@@ -30,10 +28,10 @@ from forkpointd.images.moving import (
     ShouldStop,
     Steps,
     chunks,
-    create_file,
     leave_cache,
     open_file,
     read_all,
+    replacing,
     start_writeback,
     write_all,
 )
@@ -65,30 +63,25 @@ def copy_full(
     Stopped, ImageError, OSError with the path; then there is no `image_path`.
     """
     steps = Steps(progress, should_stop, gate, chunk_bytes, drop_behind)
-    with open_file(staged_path, os.O_RDONLY) as staged:
-        if staged.is_at(image_path):
-            raise ImageError(f"{image_path} is {staged_path} itself")
-        image_path.unlink(missing_ok=True)
-        with create_file(image_path) as image:
-            size_bytes = staged.size_bytes
-            image.resize(size_bytes)
-            copied = 0
-            reader = _Reader(staged, chunk_bytes)
-            for chunk, count in chunks(_data_of(staged, size_bytes), chunk_bytes):
-                steps.before_chunk()
-                written = 0
-                for offset, length in chunk:
-                    runs = reader.runs(offset, length, zeros=False)
-                    for run_offset, run in runs:
-                        write_all(image, run, run_offset)
-                        start_writeback(image, [(run_offset, len(run))])
-                        written += len(run)
-                copied += written
-                if drop_behind:
-                    leave_cache((staged, image), chunk)
-                progress(written)
-                left_out(count - written)
-            return CopyResult(CopyMethod.COPY, copied, size_bytes - copied, size_bytes)
+    with replacing(staged_path, image_path) as (staged, image):
+        size_bytes = staged.size_bytes
+        image.resize(size_bytes)
+        copied = 0
+        reader = _Reader(staged, chunk_bytes)
+        for chunk, count in chunks(staged.data(), chunk_bytes):
+            steps.before_chunk()
+            written = 0
+            for offset, length in chunk:
+                for run_offset, run in reader.runs(offset, length, zeros=False):
+                    write_all(image, run, run_offset)
+                    start_writeback(image, [(run_offset, len(run))])
+                    written += len(run)
+            copied += written
+            if drop_behind:
+                leave_cache((staged, image), chunk)
+            progress(written)
+            left_out(count - written)
+        return CopyResult(CopyMethod.COPY, copied, size_bytes - copied, size_bytes)
 
 
 def punch_zeros(
@@ -110,7 +103,7 @@ def punch_zeros(
     with open_file(path, os.O_RDWR) as image:
         reader = _Reader(image, chunk_bytes)
         punched = 0
-        for chunk, count in chunks(_data_of(image, image.size_bytes), chunk_bytes):
+        for chunk, count in chunks(image.data(), chunk_bytes):
             steps.before_chunk()
             for offset, length in chunk:
                 for run_offset, run in reader.runs(offset, length, zeros=True):
@@ -125,13 +118,6 @@ def punch_zeros(
                 leave_cache((image,), chunk)
             progress(count)
         return punched
-
-
-def _data_of(file: OpenFile, size_bytes: int) -> Extents:
-    try:
-        return find_extents(file.fd, size_bytes)
-    except OSError as error:
-        raise file.named(error) from error
 
 
 class _Reader:

@@ -29,7 +29,7 @@ from forkpoint.v1 import (
     snapshot_service_pb2,
 )
 from tests.faults import killing_server
-from tests.integration.conftest import binary_for
+from tests.integration.conftest import binary_for, vmm_params
 from tests.integration.serving import START_SECONDS, Guest, House
 
 MEMORY_MIB = 80
@@ -133,6 +133,22 @@ async def connected(house: HeldHouse) -> AsyncIterator[HeldHouse]:
         yield house
     finally:
         await house.disconnect()
+
+
+def served_with(**settings: object) -> Any:
+    """The fixture of a server with settings, one for a whole module; on each VMM in turn."""
+
+    @pytest.fixture(scope="module", params=vmm_params())
+    def served(
+        request: pytest.FixtureRequest,
+        witness_kernel: Path,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> Iterator[HeldHouse]:
+        root = tmp_path_factory.mktemp("house")
+        with running_house(request.param, root, witness_kernel, **settings) as house:
+            yield house
+
+    return served
 
 
 # --- what there is -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import asyncio
 import base64
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from forkpoint.v1 import fork_pb2, sandbox_pb2, sandbox_service_pb2, snapshot_service_pb2
-from tests.integration.conftest import vmm_params
 from tests.integration.refusals import (
     MEMORY_MIB,
     HeldHouse,
     connected,
     refused,
-    running_house,
+    served_with,
     told,
     traces,
 )
@@ -33,14 +32,8 @@ from tests.integration.serving import Guest
 Pb = sandbox_service_pb2
 
 
-@pytest.fixture(scope="module", params=vmm_params())
-def served(
-    request: pytest.FixtureRequest, witness_kernel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HeldHouse]:
-    """A server for the whole module."""
-    root = tmp_path_factory.mktemp("house")
-    with running_house(request.param, root, witness_kernel, max_fork_count=50) as house:
-        yield house
+served = served_with(max_fork_count=50)
+"""A server for the whole module."""
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -16,7 +15,6 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 
 from forkpoint.v1 import branch_pb2, fork_pb2, sandbox_pb2, sandbox_service_pb2
-from tests.integration.conftest import vmm_params
 from tests.integration.refusals import (
     MEMORY_MIB,
     REGION_MIB,
@@ -28,7 +26,7 @@ from tests.integration.refusals import (
     nothing_half_made,
     problem_of,
     refused,
-    running_house,
+    served_with,
     snapshot_ids,
     stopped,
     traces,
@@ -43,14 +41,8 @@ PRECOPYING = branch_pb2.BRANCH_STAGE_PRECOPYING
 QUEUED = branch_pb2.BRANCH_STAGE_QUEUED
 
 
-@pytest.fixture(scope="module", params=vmm_params())
-def served(
-    request: pytest.FixtureRequest, witness_kernel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HeldHouse]:
-    """A server for the whole module, with a queue of one."""
-    root = tmp_path_factory.mktemp("house")
-    with running_house(request.param, root, witness_kernel, max_queued_branches=1) as house:
-        yield house
+served = served_with(max_queued_branches=1)
+"""A server for the whole module, with a queue of one."""
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from google.rpc import error_details_pb2
 
 from forkpoint.v1 import fork_pb2, sandbox_pb2, sandbox_service_pb2
 from forkpointd.model import VmmKind
-from tests.integration.conftest import vmm_params
 from tests.integration.refusals import (
     MEMORY_MIB,
     REGION_MIB,
@@ -25,7 +24,7 @@ from tests.integration.refusals import (
     everyone_answers,
     problem_of,
     refused,
-    running_house,
+    served_with,
     traces,
     until,
 )
@@ -39,14 +38,8 @@ CHILD_FAILED = fork_pb2.FORK_CHILD_STATE_FAILED
 CHILD_DELETED = fork_pb2.FORK_CHILD_STATE_DELETED
 
 
-@pytest.fixture(scope="module", params=vmm_params())
-def served(
-    request: pytest.FixtureRequest, witness_kernel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HeldHouse]:
-    """A server for the whole module."""
-    root = tmp_path_factory.mktemp("house")
-    with running_house(request.param, root, witness_kernel) as house:
-        yield house
+served = served_with()
+"""A server for the whole module."""
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ later wish of its owner."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,7 +15,6 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from forkpoint.v1 import branch_pb2, sandbox_pb2, sandbox_service_pb2
-from tests.integration.conftest import vmm_params
 from tests.integration.refusals import (
     MEMORY_MIB,
     PAUSED,
@@ -27,7 +25,7 @@ from tests.integration.refusals import (
     crash,
     nothing_half_made,
     problem_of,
-    running_house,
+    served_with,
     snapshot_ids,
     traces,
     until,
@@ -42,14 +40,8 @@ SECOND = Duration(seconds=1)
 HOUR = Duration(seconds=3600)
 
 
-@pytest.fixture(scope="module", params=vmm_params())
-def served(
-    request: pytest.FixtureRequest, witness_kernel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HeldHouse]:
-    """A server for the whole module, that refuses AUTO where it would be FULL."""
-    root = tmp_path_factory.mktemp("house")
-    with running_house(request.param, root, witness_kernel, auto_full_max_pause_seconds=0) as house:
-        yield house
+served = served_with(auto_full_max_pause_seconds=0)
+"""A server for the whole module, that refuses AUTO where it would be FULL."""
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from forkpoint.v1 import fork_pb2, sandbox_pb2, sandbox_service_pb2
 from forkpointd.model import VmmKind
 from forkpointd.vmm import Binary
-from tests.integration.conftest import vmm_params
 from tests.integration.refusals import (
     MEMORY_MIB,
     PAUSED,
@@ -31,7 +30,7 @@ from tests.integration.refusals import (
     nothing_half_made,
     problem_of,
     refused,
-    running_house,
+    served_with,
     snapshot_ids,
     stopped,
     told,
@@ -43,14 +42,8 @@ from tests.integration.serving import DIFF, START_SECONDS, Guest, House
 Pb = sandbox_service_pb2
 
 
-@pytest.fixture(scope="module", params=vmm_params())
-def served(
-    request: pytest.FixtureRequest, witness_kernel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HeldHouse]:
-    """A server for the whole module."""
-    root = tmp_path_factory.mktemp("house")
-    with running_house(request.param, root, witness_kernel) as house:
-        yield house
+served = served_with()
+"""A server for the whole module."""
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ async def test_a_hundred_children_of_4_gib_fit_a_host_of_24(
 ) -> None:
     budget = budget_of(figures, files, None)
     await budget.refresh([])
-    assert budget.promise([], 100, 4 * GIB, "children").headroom_bytes == 1600 * MIB
+    assert budget.promise([], 100, 4 * GIB, "children").reserved_bytes == 1600 * MIB
     budget.promise([], 900, 4 * GIB, "more of them")
 
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
-from forkpointd.images import StoredSnapshot
+from forkpointd.images import Reservation, StoredSnapshot
 from forkpointd.model import (
     DirtyBase,
     FailureAction,
@@ -34,7 +34,6 @@ from forkpointd.model import Fork as ForkRow
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.feed import Feed
 from forkpointd.sandboxes.live import LiveSandbox
-from forkpointd.sandboxes.memory import Promise
 from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.service import Sandboxes, new_id, start_failure
 from forkpointd.sandboxes.tasks import Tasks
@@ -62,7 +61,7 @@ class Forks:
         self._registry: Registry = sandboxes.registry
         self._feeds: dict[str, Feed[ForkRow]] = {}
         self._admissions: Repeats[ForkRow] = Repeats(self._registry, self.tasks)
-        self._promised: dict[str, Promise] = {}
+        self._promised: dict[str, Reservation] = {}
         """For children of forks that wait for their snapshot."""
         self._starts = asyncio.Semaphore(concurrent_starts)
 
@@ -109,13 +108,13 @@ class Forks:
         self.tasks.start_unwatched(self._run(fork, lives, stored), f"fork {fork.fork_id}")
         return fork
 
-    async def memory_for(self, fork: ForkRow, machine: Machine) -> Promise:
+    async def memory_for(self, fork: ForkRow, machine: Machine) -> Reservation:
         """Memory for the children of a fork, until the promise is released. Raises NO_MEMORY."""
         children = "1 child" if fork.spec.count == 1 else f"{fork.spec.count} children"
         what = f"{children} of snapshot {fork.snapshot_id}"
         return await self._sandboxes.memory_for(fork.spec.count, machine, what)
 
-    def show(self, fork: ForkRow, memory: Promise | None = None) -> None:
+    def show(self, fork: ForkRow, memory: Reservation | None = None) -> None:
         """Lets an unfinished fork be watched; takes over what its children are promised."""
         self._feeds[fork.fork_id] = Feed(fork)
         if memory is not None:

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from types import TracebackType
 
+from forkpointd.images import Ledger, Reservation
 from forkpointd.model import MIB, ForkpointError, MemoryUse, Reason
 from forkpointd.vmm import resident_bytes
 
@@ -49,30 +49,6 @@ class HostMemory:
     """The least of its memory and of the limits of this process's control groups."""
     available_bytes: int
     """What could be had now without swapping."""
-
-
-class Promise:
-    """Memory that is counted for sandboxes that have no row yet, until `release`. A context
-    manager."""
-
-    def __init__(self, release: Callable[[Promise], None], headroom_bytes: int) -> None:
-        self.headroom_bytes = headroom_bytes
-        self._release = release
-
-    def release(self) -> None:
-        """They have their rows, or will never have them. Idempotent."""
-        self._release(self)
-
-    def __enter__(self) -> Promise:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +83,7 @@ class MemoryBudget:
         self._host = host
         self._files = files
         self._resident = resident
-        self._promises: set[Promise] = set()
+        self._promises = Ledger()
         self._sample: _Sample | None = None
         self._reading: asyncio.Future[_Sample] | None = None
 
@@ -135,7 +111,7 @@ class MemoryBudget:
             self._headroom(one.memory_bytes, bytes_)
             for one, bytes_ in zip(there, touched, strict=True)
         )
-        headroom += sum(promise.headroom_bytes for promise in self._promises)
+        headroom += self._promises.reserved_bytes
         resident = sum(touched)
         return MemoryUse(
             budget_bytes=self._limit(sample, resident + sample.staging_bytes),
@@ -147,16 +123,15 @@ class MemoryBudget:
 
     def promise(
         self, there: Sequence[Counted], count: int, memory_bytes: int, what: str
-    ) -> Promise:
-        """Counts `count` sandboxes more, that have touched nothing yet. Raises NO_MEMORY with the
-        figures; nothing is counted then."""
+    ) -> Reservation:
+        """Counts `count` sandboxes more, that have touched nothing yet and have no row, until it is
+        released: when they have their rows, or never will. Raises NO_MEMORY with the figures;
+        nothing is counted then."""
         each = self._headroom(memory_bytes, 0)
         use = self.use(there)
         if count * each > use.free_bytes:
             raise _no_memory(use, count, each, len(there), what)
-        promise = Promise(self._promises.discard, count * each)
-        self._promises.add(promise)
-        return promise
+        return self._promises.add(count * each, what)
 
     def _headroom(self, memory_bytes: int, touched_bytes: int) -> int:
         """A guest can't touch more than it has."""

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forkpointd.images import StoredSnapshot
+from forkpointd.images import Reservation, StoredSnapshot
 from forkpointd.model import (
     CreateOrder,
     DirtyBase,
@@ -41,7 +41,7 @@ from forkpointd.model import (
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.folders import Folders
 from forkpointd.sandboxes.live import LiveSandbox, describe_exit, not_found, remove_diffs
-from forkpointd.sandboxes.memory import Counted, MemoryBudget, Promise
+from forkpointd.sandboxes.memory import Counted, MemoryBudget
 from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, check_drives, check_memory
@@ -186,7 +186,7 @@ class Sandboxes:
 
     # --- memory ---
 
-    async def memory_for(self, count: int, machine: Machine, what: str) -> Promise:
+    async def memory_for(self, count: int, machine: Machine, what: str) -> Reservation:
         """Memory for `count` sandboxes, counted until the promise is released: by then they have
         their rows. Raises NO_MEMORY with the figures."""
         await self._memory.refresh(self._counted())

@@ -86,9 +86,9 @@ class Settings(BaseSettings):
     """A tmpfs in which windows are staged when they fit."""
     staging_bytes: int | None = Field(default=None, ge=0)
     """Budget of staging on tmpfs; None: what the tmpfs and MemAvailable allow."""
-    preallocate_bytes: int = Field(default=1024 * MIB, ge=0)
-    """Memory for pages of tmpfs that are allocated before windows, where they are likely to write;
-    0: none are."""
+    preallocate_bytes: int | None = Field(default=None, ge=0)
+    """Memory for pages that are had before windows, where they are likely to write; None: an eighth
+    of the memory; 0: none are."""
     concurrent_copies: int = Field(default=2, ge=1, le=64)
     """Pre-copies and merges at once in the whole server."""
     precopy_bytes_per_second: int | None = Field(default=None, ge=1024 * 1024)

@@ -44,6 +44,7 @@ from forkpointd.images import (
     SnapshotStore,
     StagingArea,
     StagingRoom,
+    free_pages_are_cold,
     read_host_facts,
 )
 from forkpointd.model import (
@@ -80,6 +81,8 @@ log = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 60.0
 REQUESTS_KEPT = timedelta(hours=24)
+PREALLOCATED_SHARE = 8
+"""Of the memory, one in so many bytes may be had ahead of windows where no setting says more."""
 
 
 class StartError(Exception):
@@ -153,8 +156,11 @@ class Daemon:
         image_room = Room(data.root)
         tmpfs = data.tmpfs_staging if staging is StagingKind.TMPFS else None
         staging_room = StagingRoom(tmpfs, settings.staging_bytes, disk=image_room)
+        cold_pages = await _in_thread(free_pages_are_cold)
         areas = {StagingKind.DISK: StagingArea(data.disk_staging)}
-        areas[StagingKind.TMPFS] = StagingArea(tmpfs) if tmpfs else areas[StagingKind.DISK]
+        areas[StagingKind.TMPFS] = (
+            StagingArea(tmpfs, warms=cold_pages) if tmpfs else areas[StagingKind.DISK]
+        )
 
         snapshots = Snapshots(registry, store, threads.files)
         folders = Folders(data)
@@ -170,6 +176,10 @@ class Daemon:
         oom_kills = await _in_thread(OomKills.open)
         stack.callback(oom_kills.close)
         cgroup = await _in_thread(memory_cgroup)
+        preallocate_bytes = settings.preallocate_bytes
+        if preallocate_bytes is None:
+            memory = await _in_thread(lambda: host_memory(cgroup))
+            preallocate_bytes = memory.total_bytes // PREALLOCATED_SHARE
         sandboxes = Sandboxes(
             registry=registry,
             folders=folders,
@@ -209,12 +219,12 @@ class Daemon:
                     auto_full_max_pause_us=int(settings.auto_full_max_pause_seconds * 1e6),
                 ),
                 predictor=predictor,
-                windows=Windows(areas, threads.files),
+                windows=Windows(areas, threads.files, cold_pages=cold_pages),
                 quiet=quiet,
                 precopies=copy_workers(threads.precopies),
                 merges=copy_workers(threads.merges),
                 allocations=copy_workers(threads.files),
-                ahead_budget=Budget(settings.preallocate_bytes),
+                ahead_budget=Budget(preallocate_bytes),
                 files=threads.files,
                 host=host,
                 tasks=Tasks("branches"),

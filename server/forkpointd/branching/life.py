@@ -27,6 +27,7 @@ from forkpointd.branching.imaging import (
     merge_staged_diff,
     place_staged_full,
 )
+from forkpointd.branching.quiet import Pace
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.source import Source, write_failed
 from forkpointd.branching.workshop import Workshop
@@ -39,6 +40,7 @@ from forkpointd.images import (
     data_bytes_of,
     first_of,
     total_bytes,
+    warm,
 )
 from forkpointd.model import (
     Branch,
@@ -287,7 +289,7 @@ class BranchLife:
             await self._precopy(base, self._draft)
         staged = await shop.windows.stage(self._holding.staging, serial, self._source.memory_bytes)
         try:
-            await self._allocate_ahead(serial)
+            await self._get_pages_ahead(serial, expected)
         except BaseException:
             await asyncio.shield(shop.windows.remove(staged))
             raise
@@ -315,28 +317,36 @@ class BranchLife:
         copied, method = (0, None) if result is None else (result.copied_bytes, result.method)
         record.note_precopy(meter.done_bytes, meter.total_bytes, memory_bytes - copied, method)
 
-    async def _allocate_ahead(self, serial: int) -> None:
-        """Gives the staged memory file room where the window is likely to write: a fresh page of
-        tmpfs costs more than the copy into it. A FULL window writes everything."""
+    async def _get_pages_ahead(self, serial: int, expected_bytes: int) -> None:
+        """Gets the pages that the window will write to: a fresh page of tmpfs costs more than the
+        copy into it, and a cold one ten times that. What can be told by its place is allocated, the
+        rest of what is expected is only made warm."""
         shop, holding = self._shop, self._holding
         if not shop.ahead_budget.limit_bytes:
             return
+        on_tmpfs = holding.staging is StagingKind.TMPFS
+        likely = Extents.of(())
         if holding.mode is BranchMode.FULL:
-            extents = Extents.of((Extent(0, self._source.memory_bytes),))
-        elif holding.staging is StagingKind.TMPFS and self._source.live.last_diff is not None:
-            likely = self._source.live.last_diff.extents
-            holding.ahead = shop.ahead_budget.take_up_to(total_bytes(likely), "pages ahead")
-            extents = first_of(likely, holding.ahead.reserved_bytes, len(likely))
-        else:
-            return
-        room = holding.staged if holding.staging is StagingKind.TMPFS else holding.image
-        meter = Meter(room)
-        async with shop.allocations.slot():
-            self._ahead_bytes = await shop.allocations.run(
-                lambda pace: shop.windows.allocate_ahead(
-                    holding.staging, serial, extents, meter.add, pace
-                )
+            expected_bytes = self._source.memory_bytes
+            likely = Extents.of((Extent(0, expected_bytes),))
+        elif on_tmpfs and self._source.live.last_diff is not None:
+            last = self._source.live.last_diff.extents
+            holding.ahead = shop.ahead_budget.take_up_to(total_bytes(last), "pages ahead")
+            likely = first_of(last, holding.ahead.reserved_bytes, len(last))
+        meter = Meter(holding.staged if on_tmpfs else holding.image)
+
+        def get(pace: Pace) -> int:
+            allocated = shop.windows.allocate_ahead(
+                holding.staging, serial, likely, meter.add, pace
             )
+            if shop.windows.cold_pages:
+                cold = max(0, expected_bytes - (allocated if on_tmpfs else 0))
+                with shop.ahead_budget.take_up_to(cold, "warm pages") as taken:
+                    warm(taken.reserved_bytes, should_stop=pace.should_stop, gate=pace.gate)
+            return allocated
+
+        async with shop.allocations.slot():
+            self._ahead_bytes = await shop.allocations.run(get)
 
     # --- after the window ---
 

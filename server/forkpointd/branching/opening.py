@@ -52,9 +52,13 @@ class Prepared:
 class Windows:
     """Prepares windows and reads what they left."""
 
-    def __init__(self, areas: dict[StagingKind, StagingArea], files: Executor) -> None:
+    def __init__(
+        self, areas: dict[StagingKind, StagingArea], files: Executor, *, cold_pages: bool
+    ) -> None:
+        """`cold_pages`: free memory is slow to write to here."""
         self._areas = areas
         self._files = files
+        self.cold_pages = cold_pages
 
     def staged(self, kind: StagingKind, serial: int) -> Staged:
         """The names of one window's files."""

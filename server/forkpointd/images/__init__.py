@@ -2,6 +2,7 @@
 
     extents     which bytes of a diff are data, and the file that says so
     copying     pre-copy, merge and plain copies that leave holes alone
+    cold_pages  free memory that is slow to write to, made ready before a window
     staging     where a window is written, and whether a folder is fit for it
     space       room that is reserved before it is used
     manifest    what a snapshot is; `fits` says whether it can be loaded on a host (hostfacts)
@@ -11,6 +12,7 @@ This room knows files only: not Firecracker, not the registry, not sandboxes. Al
 synchronous and blocks; it is run in threads and never on the event loop.
 """
 
+from forkpointd.images.cold_pages import free_pages_are_cold, warm
 from forkpointd.images.copying import (
     CopyResult,
     can_reflink,
@@ -99,6 +101,7 @@ __all__ = [
     "find_extents",
     "find_extents_of",
     "first_of",
+    "free_pages_are_cold",
     "load_extents",
     "make_empty_image",
     "meminfo_bytes",
@@ -108,4 +111,5 @@ __all__ = [
     "read_host_facts",
     "save_extents",
     "total_bytes",
+    "warm",
 ]

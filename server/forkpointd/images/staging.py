@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forkpointd.images import syscalls
+from forkpointd.images.cold_pages import warm
 from forkpointd.images.errors import ImageError
 from forkpointd.images.extents import PART_SUFFIX, Extent, Extents, data_extents
 from forkpointd.images.moving import Gate, Progress, ShouldStop, Steps, chunks, open_file
@@ -192,8 +193,10 @@ class StagingArea:
     """The staging files in one folder, by serial number. Safe to use from several threads as long
     as each serial belongs to one of them."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, warms: bool = False) -> None:
+        """`warms`: what is allocated ahead is touched before (`cold_pages`)."""
         self.root = root
+        self._warms = warms
 
     def names(self, serial: int) -> StagingNames:
         """The names of one window's files, whether they exist or not."""
@@ -247,6 +250,8 @@ class StagingArea:
         with open_file(self.names(serial).memory, os.O_RDWR) as memory:
             for chunk, count in chunks(Extents.of(extents), ALLOCATE_BYTES):
                 steps.before_chunk()
+                if self._warms:
+                    warm(count, should_stop=should_stop, gate=gate)
                 try:
                     for offset, length in chunk:
                         syscalls.fallocate(memory.fd, offset, length)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PAGE_BYTES = 4096
@@ -28,6 +31,8 @@ _FICLONE = 0x40049409
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_MAP_POPULATE = 0x8000
+_MAP_FAILED = ctypes.c_void_p(-1).value
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE_ALL = 7
 """Waits for what is being written, writes, and waits for that."""
@@ -51,6 +56,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 
 
@@ -78,6 +93,20 @@ def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:
 def same_bytes(one_address: int, other_address: int, length_bytes: int) -> bool:
     """Whether two ranges of this process's memory are equal. Other threads run meanwhile."""
     return bool(_libc.memcmp(one_address, other_address, length_bytes) == 0)
+
+
+@contextmanager
+def touched_memory(length_bytes: int) -> Iterator[None]:
+    """Has so much memory of its own, each page of it written to, in the block. Where the kernel
+    gives less, less is had. Unlike Python's mmap it lets other threads run meanwhile."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_POPULATE
+    address = _libc.mmap(None, length_bytes, protection, flags, -1, 0)
+    try:
+        yield
+    finally:
+        if address != _MAP_FAILED:
+            _check(_libc.munmap(address, length_bytes))
 
 
 def start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:

@@ -4,12 +4,13 @@ import asyncio
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from forkpointd.vmm import MAX_WINDOW_BYTES, Window, WindowOutcome
-from forkpointd.vmm.api import ApiConnection
+from forkpointd.vmm.api import ApiConnection, ApiReply, ReplyParser
 from forkpointd.vmm.window import run_in_thread
 from tests.unit.test_vmm_api import NO_CONTENT, answer
 
@@ -110,6 +111,23 @@ def test_a_window_runs_once(ends: tuple[ApiConnection, socket.socket]) -> None:
     with pytest.raises(RuntimeError):
         window.run()
     window.close()
+
+
+def test_looking_at_the_replies_is_no_part_of_the_window(
+    ends: tuple[ApiConnection, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = ReplyParser.feed
+
+    def slowly(parser: ReplyParser, data: bytes) -> list[ApiReply]:
+        time.sleep(0.2)
+        return feed(parser, data)
+
+    monkeypatch.setattr(ReplyParser, "feed", slowly)
+    connection, theirs = ends
+    theirs.sendall(3 * NO_CONTENT)
+    outcome = window_on(connection).run()
+    assert outcome.created
+    assert 0 < outcome.total_us < 200_000
 
 
 def test_a_window_that_is_given_up_is_closed(ends: tuple[ApiConnection, socket.socket]) -> None:

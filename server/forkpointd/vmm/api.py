@@ -167,6 +167,8 @@ class ApiConnection:
         self._socket = connected
         self._parser = ReplyParser()
         self._replies: list[ApiReply] = []
+        self.received_ns = 0
+        """When bytes last came, by `time.monotonic_ns`: before they were looked at."""
 
     @classmethod
     def open(cls, folder: Path, timeout: float) -> ApiConnection:
@@ -231,6 +233,7 @@ class ApiConnection:
                 data = b""
             except BlockingIOError as error:
                 raise TimeoutError("no answer in time") from error
+            self.received_ns = time.monotonic_ns()
             if not data:
                 raise GoneAfter(self._replies, "it closed the connection before it answered")
             self._replies += self._parser.feed(data)

@@ -134,7 +134,7 @@ class Window:
                 replies, gone = error.replies, error
             except VmmError as error:  # it answered nonsense: what it did is not known
                 replies, gone = [], error
-            end_ns = time.monotonic_ns()
+        end_ns = connection.received_ns  # what was said then is looked at outside of the window
         connection.close()
         return self._outcome(start_time, (end_ns - start_ns) // 1000, replies, gone)
 

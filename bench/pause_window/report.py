@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.pause_window.cells import NOTHING, PHASES
-from bench.pause_window.claims import findings
+from bench.pause_window.claims import VMM_TOTAL, findings
 from bench.pause_window.plots import draw
 from bench.pause_window.rows import READY_SECONDS, Outcome, Row, newest, path_of, read_file
 from bench.pause_window.summary import Group, Spread, grouped, trials
 from bench.report import interval
-from bench.rounds import FLOOR
+from bench.rounds import FLOOR, FORKPOINT
 from bench.stats import RESAMPLES
 from bench.targets import Finding
 
@@ -68,6 +68,7 @@ def write_report(results: Path, *, resamples: int = RESAMPLES) -> list[Finding]:
     for name, of in rows.items():
         if of:
             parts.append(_phase(name, of, plots.get(name, [])))
+    parts.append(_prediction([row for of in rows.values() for row in of]))
     (results.parent / REPORT).write_text("\n".join(parts), encoding="utf-8")
     return found
 
@@ -154,6 +155,47 @@ def _versions(machine: Mapping[str, str]) -> str:
         f"Firecracker {machine['firecracker']}, forkpointd {machine['forkpointd']}, Python "
         f"{machine['python']}, grpcio {machine['grpcio']}"
     )
+
+
+# --- the prediction ----------------------------------------------------------------------------
+
+NEAR = 2.0
+"""A prediction within this factor of what came helps with `max_pause`."""
+PREDICTED = """\
+## The prediction
+
+What a branch's window was predicted to take (what `max_pause` is held against) by what it took, of
+all forkpoint's windows of a kind. *near*: within a factor of 2. *longer*: windows that took more
+than twice what was predicted, which is what `max_pause` is to prevent.
+"""
+
+
+def _prediction(rows: Sequence[Row]) -> str:
+    kinds = grouped(
+        [row for row in rows if row.role == FORKPOINT and row.figures.get("predicted_us")],
+        lambda row: (row.cell.phase, row.mode, row.cell.staging, row.cell.pattern, row.beside),
+    )
+    if not kinds:
+        return ""
+    table = [("phase", "mode", "staging", "pages", "beside", "n", "by what came", "near", "longer")]
+    for kind, group in kinds.items():
+        ratios = [
+            row.figures["predicted_us"] / row.figures[VMM_TOTAL]
+            for row in group.rows
+            if row.figures.get(VMM_TOTAL)
+        ]
+        near = sum(1 / NEAR <= ratio <= NEAR for ratio in ratios)
+        longer = sum(ratio < 1 / NEAR for ratio in ratios)
+        table.append(
+            (
+                *kind,
+                str(len(ratios)),
+                _spread(Spread.of(ratios), 1, 2),
+                f"{near / len(ratios):.0%}",
+                f"{longer / len(ratios):.0%}",
+            )
+        )
+    return f"{PREDICTED}\n{_table(table)}"
 
 
 # --- one phase ---------------------------------------------------------------------------------

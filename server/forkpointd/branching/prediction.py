@@ -46,8 +46,8 @@ class PausePredictor:
         self._write_per_mib = {
             (BranchMode.DIFF, StagingKind.TMPFS): _Cost(400),
             (BranchMode.DIFF, StagingKind.DISK): _Cost(900),
-            (BranchMode.FULL, StagingKind.TMPFS): _Cost(800),
-            (BranchMode.FULL, StagingKind.DISK): _Cost(1_000),
+            (BranchMode.FULL, StagingKind.TMPFS): _Cost(450),
+            (BranchMode.FULL, StagingKind.DISK): _Cost(1_500),
         }
 
     def predict_us(

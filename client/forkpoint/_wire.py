@@ -120,6 +120,9 @@ def sandbox(message: sandbox_pb2.Sandbox) -> views.SandboxView:
         else None,
         vmm=vmm(message.vmm) if message.HasField("vmm") else None,
         pid=message.pid or None,
+        memory=views.SandboxMemory(message.memory.private_bytes, message.memory.shared_bytes)
+        if message.HasField("memory")
+        else None,
     )
 
 

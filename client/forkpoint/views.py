@@ -85,6 +85,16 @@ class SandboxExit:
     """The cause in words, with what to do; None without one."""
 
 
+@dataclass(frozen=True, slots=True)
+class SandboxMemory:
+    """What a sandbox has of the host's memory."""
+
+    private_bytes: int
+    """Its own: what it really costs."""
+    shared_bytes: int
+    """Pages of its snapshot's image that it has looked at: there once for all that came from it."""
+
+
 @dataclass(slots=True, kw_only=True)
 class SandboxView:
     """One microVM, as of the moment the server was asked."""
@@ -115,6 +125,8 @@ class SandboxView:
     vmm: Vmm | None
     pid: int | None
     """Process id of the VMM on the server's host."""
+    memory: SandboxMemory | None
+    """Only as of a `get` or `refresh`, and only where it has a process."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -298,6 +298,16 @@ class SandboxExit:
 
 
 @dataclass(frozen=True, slots=True)
+class SandboxMemory:
+    """What a sandbox has of the host's memory now."""
+
+    private_bytes: int
+    """Its own: what the guest has written to, and what the VMM needs."""
+    shared_bytes: int
+    """Pages of files, of its image above all, that others may have as well."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessRecord:
     """What identifies a VMM's process across restarts of the server."""
 

@@ -189,6 +189,23 @@ async def test_a_writing_source_is_caught_at_one_moment(house: House) -> None:
         assert changes <= 1 and high - low <= 1 and misplaced <= 1
 
 
+async def test_a_child_costs_what_it_has_written(house: House) -> None:
+    source = await house.boot("src", MEMORY_MIB)
+    await source.dirty(REGION_MIB)
+    await house.ready("src", snapshot_id="first")
+    child = await house.child("first")
+    await child.verify(REGION_MIB)  # reads all of it
+    before = (await house.get(child.id)).memory
+    assert before.private_bytes < (REGION_MIB // 2) * MIB
+    assert before.shared_bytes >= REGION_MIB * MIB
+    await child.dirty(REGION_MIB)
+    after = (await house.get(child.id)).memory
+    assert after.private_bytes >= before.private_bytes + REGION_MIB * MIB
+    assert (await house.get("src")).memory.private_bytes >= REGION_MIB * MIB
+    listed = await house.sandboxes.ListSandboxes(sandbox_service_pb2.ListSandboxesRequest())
+    assert [each.HasField("memory") for each in listed.sandboxes] == [False, False]
+
+
 async def test_children_are_part_of_the_branch_and_deleting_its_snapshot_breaks_none(
     house: House,
 ) -> None:

@@ -259,6 +259,15 @@ def say_state(found: SandboxView, *, json: bool) -> None:
         output.out.print(f"{found.id} {found.state.value}")
 
 
+def _cost_text(found: SandboxView) -> str | None:
+    if found.memory is None:
+        return None
+    own, shared = (
+        output.size(each) for each in (found.memory.private_bytes, found.memory.shared_bytes)
+    )
+    return f"{own} of its own, {shared} shared"
+
+
 def show(found: SandboxView, *, json: bool) -> None:
     """One sandbox."""
     if json:
@@ -292,6 +301,7 @@ def show(found: SandboxView, *, json: bool) -> None:
             ("from", origin),
             ("fork", found.fork_id),
             ("memory", output.size(found.memory_mib * 2**20)),
+            ("  costs", _cost_text(found)),
             ("vcpus", str(found.vcpus)),
             ("drives", ", ".join(f"{each.drive_id}={each.path}" for each in found.drives)),
             ("labels", output.labels(found.labels) if found.labels else None),

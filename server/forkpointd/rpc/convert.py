@@ -59,6 +59,11 @@ def sandbox(it: model.Sandbox) -> sandbox_pb2.Sandbox:
     )
 
 
+def sandbox_memory(it: model.SandboxMemory) -> sandbox_pb2.SandboxMemory:
+    """What a sandbox has of the host's memory."""
+    return sandbox_pb2.SandboxMemory(private_bytes=it.private_bytes, shared_bytes=it.shared_bytes)
+
+
 def drive(it: model.Drive) -> sandbox_pb2.Drive:
     """A block device."""
     return sandbox_pb2.Drive(

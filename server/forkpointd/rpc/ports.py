@@ -25,6 +25,7 @@ from forkpointd.model import (
     Page,
     Sandbox,
     SandboxChange,
+    SandboxMemory,
     SandboxState,
     ServerFacts,
     Snapshot,
@@ -42,6 +43,10 @@ class SandboxPort(Protocol):
         ...
 
     async def get(self, sandbox_id: str) -> Sandbox: ...
+
+    async def memory_of(self, sandbox_id: str) -> SandboxMemory | None:
+        """What it has of the host's memory; None where it has no process."""
+        ...
 
     async def list(
         self,

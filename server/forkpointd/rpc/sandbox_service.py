@@ -51,8 +51,10 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
     async def GetSandbox(self, request: pb.GetSandboxRequest, _: Call) -> pb.GetSandboxResponse:
         """One sandbox."""
         check(request, self._limits)
-        found = await self._sandboxes.get(request.sandbox_id)
-        return pb.GetSandboxResponse(sandbox=convert.sandbox(found))
+        found = convert.sandbox(await self._sandboxes.get(request.sandbox_id))
+        if memory := await self._sandboxes.memory_of(request.sandbox_id):
+            found.memory.CopyFrom(convert.sandbox_memory(memory))
+        return pb.GetSandboxResponse(sandbox=found)
 
     async def ListSandboxes(
         self, request: pb.ListSandboxesRequest, _: Call

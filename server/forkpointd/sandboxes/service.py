@@ -33,6 +33,7 @@ from forkpointd.model import (
     Sandbox,
     SandboxChange,
     SandboxExit,
+    SandboxMemory,
     SandboxState,
     VmmVersion,
     WishedState,
@@ -46,7 +47,7 @@ from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, check_drives, check_memory
 from forkpointd.sandboxes.tasks import Tasks
-from forkpointd.vmm import OomKills, Vmm, VmmFault, VmmGone, read_last_words
+from forkpointd.vmm import OomKills, Vmm, VmmFault, VmmGone, process_memory, read_last_words
 
 T = TypeVar("T")
 
@@ -123,6 +124,16 @@ class Sandboxes:
     async def get(self, sandbox_id: str) -> Sandbox:
         """The sandbox as of now."""
         return self.find(sandbox_id).row
+
+    async def memory_of(self, sandbox_id: str) -> SandboxMemory | None:
+        """What it has of the host's memory; None where it has no process."""
+        vmm = self.find(sandbox_id).vmm
+        if vmm is None or vmm.exited.done():
+            return None
+        pid = vmm.record.pid
+        return await asyncio.get_running_loop().run_in_executor(
+            self._files, lambda: process_memory(pid)
+        )
 
     async def list(
         self,

@@ -36,6 +36,7 @@ from forkpointd.vmm.process import (
     Launched,
     boot_id,
     launch,
+    process_memory,
     resident_bytes,
 )
 from forkpointd.vmm.requests import boot_requests, link_drives, load_requests
@@ -76,6 +77,7 @@ __all__ = [
     "load_requests",
     "memory_cgroup",
     "memory_write_failed",
+    "process_memory",
     "read_last_words",
     "resident_bytes",
     "simulator_binary",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from forkpointd.model import ProcessRecord, SandboxExit, VmmKind, now
+from forkpointd.model import ProcessRecord, SandboxExit, SandboxMemory, VmmKind, now
 from forkpointd.vmm.api import (
     CONNECT_RETRY_SECONDS,
     SOCKET_NAME,
@@ -259,25 +259,32 @@ def start_ticks(pid: int) -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process that is its own: anonymous and shared pages (proc_pid_status(5)), which a
-    guest's are. Kept as counters by the kernel, 6 us a look; smaps_rollup walks all page tables
-    (10 ms a GiB) and keeps the guest from having new pages meanwhile. 0 for a process that is
-    gone."""
+    """Memory of a process that is its own (`process_memory`). 0 for one that is gone."""
+    return process_memory(pid).private_bytes
+
+
+def process_memory(pid: int) -> SandboxMemory:
+    """The memory of a VMM's process: its own (anonymous and shared pages, proc_pid_status(5), which
+    a guest's are) and that of files. Kept as counters by the kernel, 6 us a look; smaps_rollup
+    walks all page tables (10 ms a GiB) and keeps the guest from having new pages meanwhile. None at
+    all for a process that is gone."""
     try:
         fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0
+        return SandboxMemory(0, 0)
     try:
         text = os.read(fd, 16384)
     except ProcessLookupError:
-        return 0
+        return SandboxMemory(0, 0)
     finally:
         os.close(fd)
-    return 1024 * sum(
-        int(line.split()[1])
-        for line in text.splitlines()
-        if line.startswith((b"RssAnon:", b"RssShmem:"))
-    )
+
+    def counted(*names: bytes) -> int:
+        return 1024 * sum(
+            int(line.split()[1]) for line in text.splitlines() if line.startswith(names)
+        )
+
+    return SandboxMemory(counted(b"RssAnon:", b"RssShmem:"), counted(b"RssFile:"))
 
 
 # --- how it ends -------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class FakeSandboxes(Scripted):
         self.orders: list[model.CreateOrder] = []
         self.changes: list[model.SandboxChange] = []
         self.filters: list[tuple[Mapping[str, str], frozenset[model.SandboxState]]] = []
+        self.memory: dict[str, model.SandboxMemory] = {}
         self.creating = asyncio.Event()
         self.may_finish = asyncio.Event()
         self.may_finish.set()
@@ -60,6 +61,10 @@ class FakeSandboxes(Scripted):
         if sandbox_id not in self.there:
             raise ForkpointError(Reason.SANDBOX_NOT_FOUND, f"no sandbox {sandbox_id}")
         return self.there[sandbox_id]
+
+    async def memory_of(self, sandbox_id: str) -> model.SandboxMemory | None:
+        await self.get(sandbox_id)
+        return self.memory.get(sandbox_id)
 
     async def list(
         self,

@@ -191,6 +191,9 @@ async def test_get_pause_resume_delete(edge: Edge) -> None:
     edge.rooms.sandboxes.add("agent-7")
     found = await edge.sandboxes.GetSandbox(pb.GetSandboxRequest(sandbox_id="agent-7"))
     assert found.sandbox == convert.sandbox(samples.sandbox("agent-7"))
+    edge.rooms.sandboxes.memory["agent-7"] = model.SandboxMemory(5, 7)
+    found = await edge.sandboxes.GetSandbox(pb.GetSandboxRequest(sandbox_id="agent-7"))
+    assert (found.sandbox.memory.private_bytes, found.sandbox.memory.shared_bytes) == (5, 7)
     paused = await edge.sandboxes.PauseSandbox(pb.PauseSandboxRequest(sandbox_id="agent-7"))
     assert paused.sandbox.state == sandbox_pb2.SANDBOX_STATE_PAUSED
     resumed = await edge.sandboxes.ResumeSandbox(pb.ResumeSandboxRequest(sandbox_id="agent-7"))

@@ -18,6 +18,7 @@ from forkpoint.v1 import (
     sandbox_pb2,
     server_service_pb2,
     snapshot_pb2,
+    snapshot_service_pb2,
 )
 
 if TYPE_CHECKING:  # a class of the type hints only
@@ -143,6 +144,13 @@ def snapshot(message: snapshot_pb2.Snapshot) -> views.SnapshotView:
         dirty_bytes=message.dirty_bytes,
         drives=tuple(_drive(drive) for drive in message.drives),
         vmm=vmm(message.vmm) if message.HasField("vmm") else None,
+    )
+
+
+def flattening(message: snapshot_service_pb2.FlattenSnapshotResponse) -> views.FlattenUpdate:
+    """How far a flatten is."""
+    return views.FlattenUpdate(
+        snapshot(message.snapshot), views.Progress(message.done_bytes, message.total_bytes)
     )
 
 

@@ -110,7 +110,9 @@ class Layout(StrEnum):
     UNSPECIFIED = "UNSPECIFIED"
     AUTO = "AUTO"
     FLAT = "FLAT"
-    """One sparse file."""
+    """One sparse file with all of the memory."""
+    LAYERED = "LAYERED"
+    """The diff of the window over the parent: nothing of the parent is copied."""
 
 
 class BranchStage(StrEnum):

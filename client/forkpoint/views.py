@@ -139,7 +139,8 @@ class SnapshotView:
     """The sandbox it was branched from (which may be deleted by now)."""
     branch_id: str | None
     parent_snapshot_id: str | None
-    """Lineage only: the snapshot that was the source's dirty base. This one doesn't need it."""
+    """The snapshot that was the source's dirty base. A LAYERED one stands on it; of a FLAT one this
+    is lineage only."""
     mode: BranchMode
     layout: Layout
     labels: Mapping[str, str]
@@ -167,6 +168,19 @@ class Progress:
     def fraction(self) -> float:
         """0.0 to 1.0; 1.0 where there is nothing to copy."""
         return self.done_bytes / self.total_bytes if self.total_bytes else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FlattenUpdate:
+    """How far it is that a snapshot becomes FLAT."""
+
+    snapshot: SnapshotView
+    progress: Progress
+
+    @property
+    def over(self) -> bool:
+        """Whether it is."""
+        return self.snapshot.layout is Layout.FLAT
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import forkpointd
 from forkpointd.branching.admission import Admission
+from forkpointd.branching.flattening import Flattener
 from forkpointd.branching.imaging import CopyWorkers
 from forkpointd.branching.opening import Windows
 from forkpointd.branching.page_cache import PageCache
@@ -206,22 +207,33 @@ class Daemon:
         def copy_workers(executor: Executor) -> CopyWorkers:
             return CopyWorkers(executor, settings.concurrent_copies, quiet, bandwidth, page_cache)
 
+        admission = Admission(
+            predictor=predictor,
+            image_room=image_room,
+            staging_room=staging_room,
+            auto_full_max_pause_us=int(settings.auto_full_max_pause_seconds * 1e6),
+        )
+        precopies = copy_workers(threads.precopies)
+        flattener = Flattener(
+            registry=registry,
+            snapshots=snapshots,
+            store=store,
+            admission=admission,
+            copies=precopies,
+        )
+        snapshots.flattener = flattener
+        stack.push_async_callback(flattener.close)
         branches = Branches(
             Workshop(
                 registry=registry,
                 sandboxes=sandboxes,
                 forks=forks,
                 store=store,
-                admission=Admission(
-                    predictor=predictor,
-                    image_room=image_room,
-                    staging_room=staging_room,
-                    auto_full_max_pause_us=int(settings.auto_full_max_pause_seconds * 1e6),
-                ),
+                admission=admission,
                 predictor=predictor,
                 windows=Windows(areas, threads.files, cold_pages=cold_pages),
                 quiet=quiet,
-                precopies=copy_workers(threads.precopies),
+                precopies=precopies,
                 merges=copy_workers(threads.merges),
                 allocations=copy_workers(threads.files),
                 ahead_budget=Budget(preallocate_bytes),
@@ -233,6 +245,7 @@ class Daemon:
             max_queued_branches=settings.max_queued_branches,
         )
         stack.push_async_callback(branches.close)
+        await flattener.recover()
         await self._recover(registry, sandboxes, snapshots, store, forks, branches, areas, threads)
 
         expiry = Expiry(sandboxes, branches.branch_and_wait)
@@ -290,7 +303,8 @@ class Daemon:
         self._say("draining: no new work; sandboxes run on")
         server.drain()
         left = await drain_tasks(
-            (branches.tasks, forks.tasks, sandboxes.tasks), settings.drain_seconds
+            (branches.tasks, forks.tasks, sandboxes.tasks, flattener.tasks),
+            settings.drain_seconds,
         )
         if left:
             self._say(f"{left} pieces of work are left for the next start")

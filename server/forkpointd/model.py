@@ -367,6 +367,7 @@ class Layout(StrEnum):
 
     AUTO = "AUTO"
     FLAT = "FLAT"
+    LAYERED = "LAYERED"
 
 
 class StagingKind(StrEnum):
@@ -401,6 +402,16 @@ class Snapshot:
     dirty_bytes: int
     labels: Mapping[str, str] = field(default_factory=dict)
     deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Flattening:
+    """How far it is that a snapshot becomes FLAT."""
+
+    snapshot: Snapshot
+    done_bytes: int
+    total_bytes: int
+    """0 as long as it isn't known, and where nothing has to be copied."""
 
 
 class BranchStage(StrEnum):

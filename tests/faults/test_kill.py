@@ -24,6 +24,7 @@ from forkpoint.v1 import (
     fork_pb2,
     sandbox_pb2,
     sandbox_service_pb2,
+    snapshot_pb2,
     snapshot_service_pb2,
 )
 from tests.integration.conftest import binary_for, vmm_params
@@ -42,8 +43,8 @@ WINDOWS = "forkpointd.branching.opening:Windows"
 STEPS = {
     "admitted": "forkpointd.registry:Registry.insert_branch:after",
     "drafted": f"{STORE}.draft:after",
-    "before-precopy": f"{LIFE}:make_base_image:before",
-    "after-precopy": f"{LIFE}:make_base_image:after",
+    "before-precopy": f"{LIFE}:make_image:before",
+    "after-precopy": f"{LIFE}:make_image:after",
     "staged": f"{WINDOWS}.stage:after",
     "prepared": f"{WINDOWS}.prepare:after",
     "pending": "forkpointd.branching.source:Source._make_pending:after",
@@ -78,6 +79,22 @@ FINISHED_AFTER_A_RESTART = (
     "children-committed",
 )
 """Steps after which the next server has all that it needs to make the branch READY."""
+
+
+LAYER_STEPS = {
+    "requests-sent": STEPS["requests-sent"],
+    "resumed": STEPS["resumed"],
+    "before-layer": f"{LIFE}:place_layer:before",
+    "after-layer": f"{LIFE}:place_layer:after",
+    "after-finalise": STEPS["after-finalise"],
+    "after-ready": STEPS["after-ready"],
+    "before-flatten": f"{STORE}.flatten:before",
+    "memory-replaced": f"{STORE}._replace:after",
+    "after-flatten": f"{STORE}.flatten:after",
+    "row-is-flat": "forkpointd.registry:Registry.snapshot_is_flat:after",
+}
+"""Steps of a branch that is kept as a layer, and whose children need it whole."""
+SURVIVED = frozenset(LAYER_STEPS) - {"requests-sent"}
 
 
 class KilledHouse(House):
@@ -121,10 +138,35 @@ _serial = itertools.count()
 
 @pytest.mark.parametrize("step", STEPS)
 async def test_killed_at(house: KilledHouse, step: str) -> None:
+    finished = step in FINISHED_AFTER_A_RESTART
+    flat = snapshot_pb2.LAYOUT_FLAT
+    await killed_at(house, next(_serial), STEPS[step], flat, finished=finished)
+
+
+@pytest.mark.parametrize("step", LAYER_STEPS)
+async def test_killed_with_a_layer_at(house: KilledHouse, step: str) -> None:
     turn = next(_serial)
+    await house.start()
+    try:
+        await house.ready(f"sb-{turn % COUNT}")  # else there is nothing to stand on
+    finally:
+        await house.kill()
+    layered = snapshot_pb2.LAYOUT_LAYERED
+    await killed_at(house, turn, LAYER_STEPS[step], layered, finished=step in SURVIVED)
+
+
+async def killed_at(
+    house: KilledHouse,
+    turn: int,
+    place: str,
+    layout: snapshot_pb2.Layout.ValueType,
+    *,
+    finished: bool,
+) -> None:
+    """A branch with two children, killed at a place; then all that must hold."""
     source_id = f"sb-{turn % COUNT}"
     snapshot_id = f"killed-{turn}"
-    house.point = STEPS[step]
+    house.point = place
     await house.start()
     source = Guest(house, source_id)
     generation = await source.dirty(REGION_MIB)
@@ -132,6 +174,7 @@ async def test_killed_at(house: KilledHouse, step: str) -> None:
         await house.branch(
             source_id,
             mode=AUTO,
+            layout=layout,
             branch_id=f"br-{turn}",
             snapshot_id=snapshot_id,
             fork=fork_pb2.ForkSpec(count=2, fork_id=f"kids-{turn}"),
@@ -142,7 +185,7 @@ async def test_killed_at(house: KilledHouse, step: str) -> None:
     try:
         await everyone_runs(house)
         branch = await ended_branch(house, f"br-{turn}")
-        if step in FINISHED_AFTER_A_RESTART:
+        if finished:
             assert branch.stage == branch_pb2.BRANCH_STAGE_READY, branch
             assert branch.fork.ready_count == 2
             for child in branch.fork.children:

@@ -49,10 +49,10 @@ STEPS = {
     "boot": "forkpointd.sandboxes.starting:Starter.boot",
     "load": "forkpointd.sandboxes.starting:Starter.load",
     "remove": "forkpointd.sandboxes.folders:Folders.remove",
-    "precopy": "forkpointd.branching.life:make_base_image",
+    "precopy": "forkpointd.branching.life:make_image",
     "window": "forkpointd.vmm.window:Window.run",
     "merge": "forkpointd.branching.life:merge_staged_diff",
-    "keep": "forkpointd.branching.unmerged:make_base_image",
+    "keep": "forkpointd.branching.unmerged:make_image",
     "finalise": "forkpointd.images.store:SnapshotStore.finalise",
 }
 """Steps of its work at which a `HeldHouse`'s server can be held."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -20,6 +21,7 @@ from forkpoint.v1 import (
     sandbox_pb2,
     sandbox_service_pb2_grpc,
     server_service_pb2_grpc,
+    snapshot_pb2,
     snapshot_service_pb2_grpc,
 )
 from forkpoint.v1 import server_service_pb2 as v
@@ -101,6 +103,20 @@ class Fake(
         self._find("snapshot", self.snapshots, request.snapshot_id, context)
         del self.snapshots[request.snapshot_id]
         return p.DeleteSnapshotResponse()
+
+    def FlattenSnapshot(  # noqa: N802
+        self, request: p.FlattenSnapshotRequest, context: Context
+    ) -> Iterator[p.FlattenSnapshotResponse]:
+        self._note("FlattenSnapshot", request, context)
+        found = self._find("snapshot", self.snapshots, request.snapshot_id, context)
+        for done in (0, 6):
+            found.layout = snapshot_pb2.LAYOUT_LAYERED
+            yield p.FlattenSnapshotResponse(snapshot=found, done_bytes=done, total_bytes=10)
+        if self.flattens_to_break:
+            self.flattens_to_break -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        found.layout = snapshot_pb2.LAYOUT_FLAT
+        yield p.FlattenSnapshotResponse(snapshot=found, done_bytes=10, total_bytes=10)
 
     def GetServerInfo(  # noqa: N802
         self, request: v.GetServerInfoRequest, context: Context

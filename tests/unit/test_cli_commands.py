@@ -106,6 +106,10 @@ def test_a_branch_ends_with_its_pause(fake: Fake) -> None:
     assert data("snapshot", "get", "snap")["mode"] == "DIFF"
     assert data("snapshot", "update", "snap", "-l", "k=v")["labels"] == {"k": "v"}
     assert data("snapshot", "list", "-l", "k=v")[0]["id"] == "snap"
+    assert data("snapshot", "flatten", "snap")["layout"] == "FLAT"
+    flat = forkpoint_("snapshot", "flatten", "snap")
+    assert (flat.exit_code, "FLAT" in flat.stdout) == (0, True)
+    assert "LAYOUT" in forkpoint_("snapshot", "list").stdout
     assert data("snapshot", "rm", "snap") == {"deleted": ["snap"]}
 
 

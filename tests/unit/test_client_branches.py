@@ -10,6 +10,7 @@ from google.rpc import code_pb2
 
 import forkpoint
 from forkpoint import BranchStage, errors
+from forkpoint.v1 import snapshot_pb2
 from tests.unit.client_fake import Fake, fresh_address
 from tests.unit.client_fake_state import status_of
 
@@ -214,3 +215,17 @@ async def test_branches_are_listed_looked_at_and_watched(
     assert (await fp.branches.watch("b-1")).source_sandbox_id == "agent-7"
     with pytest.raises(errors.BranchNotFound):
         await fp.branches.watch("b-2")
+
+
+async def test_a_flatten_is_followed_across_a_lost_connection(
+    fake: Fake, fp: forkpoint.Client, source: forkpoint.Sandbox
+) -> None:
+    snapshot = await source.branch(layout="layered", snapshot_id="layer")
+    assert fake.called("BranchSandbox")[0].layout == snapshot_pb2.LAYOUT_LAYERED
+    fake.flattens_to_break = 1
+    seen = [update async for update in fp.snapshots.flatten("layer")]
+    assert [update.progress.done_bytes for update in seen] == [0, 6, 0, 6, 10]
+    assert [update.over for update in seen] == [False] * 4 + [True]
+    assert (await snapshot.flatten()).layout is forkpoint.Layout.FLAT
+    with pytest.raises(errors.SnapshotNotFound):
+        _ = [update async for update in fp.snapshots.flatten("no-such")]

@@ -16,10 +16,12 @@ from forkpointd.model import (
     ForkChildState,
     ForkpointError,
     ForkStage,
+    Layout,
     Page,
     Reason,
     Sandbox,
     SandboxState,
+    Snapshot,
     UnmergedDiff,
     WishedState,
 )
@@ -192,6 +194,41 @@ async def test_a_deleted_snapshot_goes_when_the_last_of_its_children_has_branche
         assert await registry.snapshots_nobody_needs() == left
 
 
+def layer(number: int) -> Snapshot:
+    """`snap-1` and on, each on the one before; `snap-0` is flat."""
+    parent = f"snap-{number - 1}"
+    layout = Layout.LAYERED if number else Layout.FLAT
+    return snapshot(f"snap-{number}", layout=layout, parent_snapshot_id=parent)
+
+
+async def test_a_deleted_snapshot_stays_while_a_layer_stands_on_it(registry: Registry) -> None:
+    for number in range(4):
+        await registry.insert_snapshot(layer(number))
+    for number in (0, 1, 2):
+        await registry.mark_snapshot_deleted(f"snap-{number}")
+    assert await registry.snapshots_nobody_needs() == []
+    await registry.snapshot_is_flat("snap-2", disk_bytes=77)
+    assert await registry.snapshots_nobody_needs() == ["snap-1"], "what it stood on is next"
+    flat = await registry.get_snapshot("snap-2", include_deleted=True)
+    assert flat is not None
+    assert (flat.layout, flat.disk_bytes, flat.deleted) == (Layout.FLAT, 77, True)
+    await registry.remove_snapshot_row("snap-1")
+    assert await registry.snapshots_nobody_needs() == ["snap-0"]
+    await registry.mark_snapshot_deleted("snap-3")
+    assert await registry.snapshots_nobody_needs() == ["snap-0", "snap-3"]
+
+
+async def test_the_chain_of_a_snapshot_ends_at_what_is_flat(registry: Registry) -> None:
+    for number in range(1001):
+        await registry.insert_snapshot(layer(number))
+    await registry.mark_snapshot_deleted("snap-500")
+    chain = await registry.chain_of_snapshot("snap-1000")
+    assert chain == [f"snap-{number}" for number in range(1000, -1, -1)]
+    await registry.snapshot_is_flat("snap-997", disk_bytes=1)
+    assert await registry.chain_of_snapshot("snap-999") == ["snap-999", "snap-998", "snap-997"]
+    assert await registry.chain_of_snapshot("no-such") == []
+
+
 async def test_a_deleted_snapshot_stays_while_a_fork_will_start_children_from_it(
     registry: Registry,
 ) -> None:
@@ -330,6 +367,7 @@ POSITION = (at(0), "x")
         (snapshots.nobody_needs, "snapshots_deleted"),
         (snapshots.nobody_needs, "sandboxes_on_base"),
         (snapshots.nobody_needs, "forks_unfinished"),
+        (snapshots.nobody_needs, "layers_on_parent"),
         (lambda c: snapshots.check_id(c, "snap-1", None), "branches_of_snapshot"),
         (lambda c: sandboxes.check_id(c, "sb-1", None), "fork_children_by_id"),
         (lambda c: requests.find(c, "req-1"), "sqlite_autoindex_requests"),

@@ -138,7 +138,7 @@ class Sandbox(SandboxView):
 
         Args:
             mode: "auto", "full" or "diff".
-            layout: "auto" or "flat".
+            layout: "auto", "flat" or "layered".
             branch_id: chosen by you; None: by the server.
             snapshot_id: chosen by you; None: by the server.
             max_pause: be refused (`PauseTooLong`) if the source would stand still for longer.

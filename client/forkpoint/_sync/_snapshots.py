@@ -1,5 +1,5 @@
 # Made of client/forkpoint/_async/_snapshots.py by tools/unasync_client.py: never edit.
-"""Snapshots: look at them, label them, delete them, fork them."""
+"""Snapshots: look at them, label them, delete them, fork them, make them one file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from forkpoint import _wire, durations
 from forkpoint._orders import fork_spec, new_request_id
-from forkpoint._sync._calls import Calls
+from forkpoint._seam import blocking as seam
+from forkpoint._sync._calls import Calls, Follower
 from forkpoint.enums import ExpiryAction, FailureAction
 from forkpoint.errors import SnapshotNotFound
 from forkpoint.v1 import snapshot_service_pb2 as messages
 from forkpoint.v1.sandbox_service_pb2 import ForkSandboxesRequest
-from forkpoint.views import SnapshotView
+from forkpoint.views import FlattenUpdate, SnapshotView
 
 if TYPE_CHECKING:
     from forkpoint._sync._forks import Children
@@ -57,6 +58,12 @@ class Snapshot(SnapshotView):
     def delete(self) -> None:
         """Deletes it. What was made from it stays. No error when it is gone already."""
         Snapshots(self._calls).delete(self.id, missing_ok=True)
+
+    def flatten(self, *, timeout: durations.Duration | None = None) -> Snapshot:
+        """Makes it FLAT and waits for that; updates this object and returns it."""
+        for update in Snapshots(self._calls).flatten(self.id, timeout=timeout):
+            self._take(update.snapshot)
+        return self
 
     def fork(
         self,
@@ -135,6 +142,32 @@ class Snapshots:
             ),
         )
         return Snapshot(self._calls, _wire.snapshot(response.snapshot))
+
+    def flatten(
+        self, snapshot_id: str, *, timeout: durations.Duration | None = None
+    ) -> Iterator[FlattenUpdate]:
+        """Makes a LAYERED snapshot FLAT, and follows that: nothing is sent before the first `next`.
+
+        What starts from it first does the same. The work belongs to the server: leaving the loop,
+        and `timeout`, end the watching only.
+        """
+        request = messages.FlattenSnapshotRequest(snapshot_id=snapshot_id)
+
+        def attach(seconds: float | None) -> seam.Stream[messages.FlattenSnapshotResponse]:
+            return self._calls.snapshots.FlattenSnapshot(request, timeout=seconds)
+
+        follower = Follower(
+            self._calls,
+            attach,
+            lambda _, seconds: attach(seconds),
+            lambda seen: _wire.flattening(seen).over,
+            timeout=timeout,
+        )
+        try:
+            while (response := follower.next()) is not None:
+                yield _wire.flattening(response)
+        finally:
+            follower.close()
 
     def delete(self, snapshot_id: str, *, missing_ok: bool = False) -> None:
         """Deletes a snapshot. Nothing that was made from it breaks."""

@@ -36,6 +36,14 @@ Mode = Annotated[
         help="What the window writes: only what changed (diff), everything (full), or auto.",
     ),
 ]
+Layout = Annotated[
+    forkpoint.Layout,
+    typer.Option(
+        case_sensitive=False,
+        help="How the snapshot is kept: whole (flat), what changed over its parent (layered), or "
+        "auto.",
+    ),
+]
 MaxPause = Annotated[
     str | None,
     typer.Option(
@@ -52,6 +60,7 @@ Timeout = Annotated[
 def start(
     sandbox_id: Annotated[str, typer.Argument(metavar="SANDBOX", help="The source's id.")],
     mode: Mode = forkpoint.BranchMode.AUTO,
+    layout: Layout = forkpoint.Layout.AUTO,
     snapshot_id: Annotated[
         str | None, typer.Option("--snapshot", metavar="ID", help="The snapshot's id to be.")
     ] = None,
@@ -80,6 +89,7 @@ def start(
             source = await fp.sandboxes.get(sandbox_id)
             branching = source.branch(
                 mode=mode,
+                layout=layout,
                 snapshot_id=snapshot_id,
                 branch_id=branch_id,
                 max_pause=max_pause,

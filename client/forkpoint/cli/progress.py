@@ -53,6 +53,52 @@ class _Speed(ProgressColumn):
         return Text(f"{output.size(int(task.completed / seconds))}/s", style="progress.data.speed")
 
 
+def _bars(console: Console, quiet: bool) -> Progress | None:
+    """For a terminal; None elsewhere."""
+    if quiet or not console.is_terminal:
+        return None
+    return Progress(
+        SpinnerColumn(finished_text="[green]✓[/green]"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        _Amount(binary_units=True),
+        _Speed(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+
+
+class CopyDisplay:
+    """Shows one copy; used as a block around its updates."""
+
+    def __init__(self, console: Console, name: str, *, quiet: bool = False) -> None:
+        self._name = name
+        self._progress = _bars(console, quiet)
+        self._bar: TaskID | None = None
+
+    def __enter__(self) -> CopyDisplay:
+        if self._progress is not None:
+            self._progress.start()
+            self._bar = self._progress.add_task(self._name, total=None, note="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, progress: views.Progress) -> None:
+        """Shows the newest state."""
+        if self._progress is not None and self._bar is not None and progress.total_bytes:
+            done, total = progress.done_bytes, progress.total_bytes
+            self._progress.update(self._bar, completed=done, total=total)
+
+
 class BranchDisplay:
     """Shows updates of one branch; used as a block around them."""
 
@@ -63,18 +109,7 @@ class BranchDisplay:
         self._shown: BranchStage | None = None
         self._pause_told = False
         self._bars: dict[str, TaskID] = {}
-        self._progress: Progress | None = None
-        if console.is_terminal and not quiet:
-            self._progress = Progress(
-                SpinnerColumn(finished_text="[green]✓[/green]"),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                _Amount(binary_units=True),
-                _Speed(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-                transient=True,
-            )
+        self._progress = _bars(console, quiet)
 
     def __enter__(self) -> BranchDisplay:
         if self._progress is not None:

@@ -10,6 +10,7 @@ import forkpoint
 from forkpoint.cli import output
 from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
 from forkpoint.cli.deletions import Deletions, delete_each, say_deleted
+from forkpoint.cli.progress import CopyDisplay
 from forkpoint.views import SnapshotView
 
 app = typer.Typer(
@@ -54,12 +55,13 @@ def list_(
         output.say("no snapshots")
         return
     output.table(
-        ["SNAPSHOT", "OF", "MODE", "MEMORY", "DIRTIED", "ON DISK", "AGE", "LABELS"],
+        ["SNAPSHOT", "OF", "MODE", "LAYOUT", "MEMORY", "DIRTIED", "ON DISK", "AGE", "LABELS"],
         [
             [
                 each.id,
                 each.source_sandbox_id or "-",
                 each.mode.value,
+                each.layout.value,
                 output.size(each.memory_mib * 2**20),
                 output.size(each.dirty_bytes),
                 output.size(each.disk_bytes),
@@ -104,6 +106,36 @@ def update(
             raise ValueError("give either --label or --no-labels")
         async with forkpoint.connect(address) as fp:
             return await fp.snapshots.update(snapshot_id, labels=pairs(label))
+
+    show(run(work, json=json), json=json)
+
+
+@app.command()
+def flatten(
+    snapshot_id: SnapshotId,
+    timeout: Annotated[
+        str | None,
+        typer.Option(metavar="SPAN", help="Stop following after this long. The work goes on."),
+    ] = None,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Make a layered snapshot one file, so that sandboxes start from it at once.
+
+    What starts from it first does the same. Ctrl-C stops the watching, not the work.
+
+    Example: `forkpoint snapshot flatten snap-1`
+    """
+
+    async def work() -> SnapshotView:
+        async with forkpoint.connect(address) as fp:
+            last = None
+            with CopyDisplay(output.err, "flatten", quiet=json) as display:
+                async for update in fp.snapshots.flatten(snapshot_id, timeout=timeout):
+                    display.update(update.progress)
+                    last = update.snapshot
+            assert last is not None, "it has at least one state"
+            return last
 
     show(run(work, json=json), json=json)
 

@@ -86,10 +86,12 @@ class Admission:
 
     def reserve_image(self, row: Sandbox) -> Reservation:
         """Room for one image of a source's memory, or NO_DISK_SPACE."""
+        return self.reserve_bytes(row.machine.memory_bytes, f"an image of sandbox {row.sandbox_id}")
+
+    def reserve_bytes(self, count: int, what: str) -> Reservation:
+        """Room among the images, or NO_DISK_SPACE."""
         try:
-            return self._image_room.reserve(
-                row.machine.memory_bytes, f"an image of sandbox {row.sandbox_id}"
-            )
+            return self._image_room.reserve(count, what)
         except NoRoom as error:
             raise no_room(Reason.NO_DISK_SPACE, error) from error
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,21 +20,23 @@ from typing import TypeVar
 from forkpointd.branching.page_cache import PageCache
 from forkpointd.branching.quiet import Bandwidth, Pace, Quiet
 from forkpointd.images import (
+    Chain,
     CopyResult,
     Draft,
+    Extents,
+    Layer,
     Reservation,
-    SnapshotStore,
     allocated_bytes,
+    copy_chain,
     copy_full,
-    copy_image,
     copy_whole,
     load_extents,
-    make_empty_image,
     merge_diff,
     punch_zeros,
     total_bytes,
+    union,
 )
-from forkpointd.model import DirtyBase, StagingKind
+from forkpointd.model import StagingKind, UnmergedDiff
 
 T = TypeVar("T")
 
@@ -98,50 +100,39 @@ class CopyWorkers:
             raise
 
 
-def make_base_image(
-    store: SnapshotStore,
-    base: DirtyBase,
+def make_image(
+    chain: Chain | None,
+    unmerged: Sequence[UnmergedDiff],
     memory_bytes: int,
     image_path: Path,
     meter: Meter,
     pace: Pace,
-) -> CopyResult | None:
-    """Writes the memory that `base` stands for to `image_path`: its snapshot's image, or zeros,
-    with its unmerged diffs laid over it in order. Returns how the image was copied (None: zeros).
-    """
-    diffs = [(diff, load_extents(diff.extents_path)) for diff in base.unmerged]
-    meter.total_bytes = sum(total_bytes(loaded.extents) for _, loaded in diffs)
-    result = None
-    if base.snapshot_id is None:
-        make_empty_image(image_path, memory_bytes)
-    else:
-        source = store.open(base.snapshot_id).memory_path
-        cached_twice = 2 * allocated_bytes(source)
+) -> CopyResult:
+    """Writes the memory that a snapshot (None: zeros) and diffs over it, oldest first, stand for to
+    `image_path`."""
+    layers = [*(() if chain is None else chain.parts()), *map(_as_layer, unmerged)]
+    image = None if chain is None else chain.image.memory_path
+    files = [layer.memory_path for layer in layers] + ([] if image is None else [image])
+    cached_twice = 2 * sum(allocated_bytes(path) for path in files)
 
-        def sized(count: int) -> None:
-            meter.total_bytes += count
+    def sized(count: int) -> None:
+        meter.total_bytes = count
 
-        result = copy_image(
-            source,
-            image_path,
-            memory_bytes,
-            progress=pace.paying(meter.add),
-            should_stop=pace.should_stop,
-            gate=pace.gate,
-            drop_behind=pace.page_cache.is_crowded_by(cached_twice),
-            on_total=sized,
-        )
-    for diff, loaded in diffs:
-        merge_diff(
-            diff.memory_path,
-            loaded.extents,
-            image_path,
-            progress=pace.paying(meter.add),
-            should_stop=pace.should_stop,
-            gate=pace.gate,
-            drop_behind=pace.page_cache.is_crowded_by(diff.data_bytes),
-        )
-    return result
+    return copy_chain(
+        image,
+        layers,
+        image_path,
+        memory_bytes,
+        progress=pace.paying(meter.add),
+        should_stop=pace.should_stop,
+        gate=pace.gate,
+        drop_behind=pace.page_cache.is_crowded_by(cached_twice),
+        on_total=sized,
+    )
+
+
+def _as_layer(diff: UnmergedDiff) -> Layer:
+    return Layer(diff.memory_path, load_extents(diff.extents_path).extents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +168,34 @@ def merge_staged_diff(staged: Staged, draft: Draft, meter: Meter, pace: Pace) ->
         gate=pace.gate,
         drop_behind=pace.page_cache.is_crowded_by(meter.total_bytes),
     )
+
+
+def place_layer(
+    staged: Staged, unmerged: Sequence[UnmergedDiff], draft: Draft, meter: Meter, pace: Pace
+) -> Extents:
+    """Makes the window's diff a layer, with the diffs before it that no snapshot has; copies the
+    vmstate beside it. Returns what the layer holds. What a former server began is begun again."""
+    window = Layer(staged.memory_path, load_extents(staged.extents_path).extents)
+    layers = [*map(_as_layer, unmerged), window]
+    memory_bytes = staged.memory_path.stat().st_size
+    _copy_vmstate(staged, draft, pace)
+
+    def sized(count: int) -> None:
+        meter.total_bytes = count
+
+    draft.layer_path.unlink(missing_ok=True)
+    copy_chain(
+        None,
+        layers,
+        draft.layer_path,
+        memory_bytes,
+        progress=pace.paying(meter.add),
+        should_stop=pace.should_stop,
+        gate=pace.gate,
+        drop_behind=pace.page_cache.is_crowded_by(sum(total_bytes(it.extents) for it in layers)),
+        on_total=sized,
+    )
+    return union([layer.extents for layer in layers], memory_bytes)
 
 
 def place_staged_full(staged: Staged, draft: Draft, meter: Meter, pace: Pace) -> None:

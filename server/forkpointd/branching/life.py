@@ -23,8 +23,9 @@ from forkpointd.branching.admission import Holding, expected_diff_bytes
 from forkpointd.branching.imaging import (
     Meter,
     Staged,
-    make_base_image,
+    make_image,
     merge_staged_diff,
+    place_layer,
     place_staged_full,
 )
 from forkpointd.branching.quiet import Pace
@@ -36,6 +37,7 @@ from forkpointd.images import (
     Extent,
     Extents,
     ImageError,
+    LayerWitness,
     Manifest,
     data_bytes_of,
     first_of,
@@ -88,6 +90,7 @@ class BranchLife:
         self._until_window: asyncio.Task[Staged] | None = None
         self._stopped_by: ForkpointError | None = None
         self._draft: Draft | None = None
+        self._layer: LayerWitness | None = None
         self._ahead_bytes = 0
 
     @property
@@ -281,11 +284,14 @@ class BranchLife:
             mode_reason=plan.reason,
             predicted_pause_us=plan.predicted_us,
             base_snapshot_id=base.snapshot_id if plan.mode is BranchMode.DIFF else None,
+            layout=self._layout_of(plan.mode, base),
             staging=self._holding.staging,
             staging_serial=serial,
         )
         self._draft = await shop.run(lambda: shop.store.draft(self.branch.branch_id))
-        if plan.mode is BranchMode.DIFF:
+        if self.branch.layout is Layout.LAYERED:
+            await self._check_parent(base)
+        elif plan.mode is BranchMode.DIFF:
             await self._precopy(base, self._draft)
         staged = await shop.windows.stage(self._holding.staging, serial, self._source.memory_bytes)
         try:
@@ -294,6 +300,19 @@ class BranchLife:
             await asyncio.shield(shop.windows.remove(staged))
             raise
         return staged
+
+    def _layout_of(self, mode: BranchMode, base: DirtyBase) -> Layout:
+        """A layer needs something to stand on; what stands on nothing is whole."""
+        layered = self.branch.requested_layout is Layout.LAYERED
+        has_parent = mode is BranchMode.DIFF and base.snapshot_id is not None
+        return Layout.LAYERED if layered and has_parent else Layout.FLAT
+
+    async def _check_parent(self, base: DirtyBase) -> None:
+        """A layer is no more than what it stands on."""
+        try:
+            await self._shop.sandboxes.snapshots.check_base(base)
+        except ImageError as error:
+            raise await self._source.lose_base(error) from error
 
     async def _precopy(self, base: DirtyBase, draft: Draft) -> None:
         shop, record, meter = self._shop, self.record, Meter(self._holding.image)
@@ -307,15 +326,17 @@ class BranchLife:
             await record.enter(BranchStage.PRECOPYING)
             async with record.reporting(note):
                 try:
-                    result = await shop.precopies.run(
-                        lambda pace: make_base_image(
-                            shop.store, base, memory_bytes, draft.memory_path, meter, pace
+                    async with shop.sandboxes.snapshots.reading_base(base) as chain:
+                        result = await shop.precopies.run(
+                            lambda pace: make_image(
+                                chain, base.unmerged, memory_bytes, draft.memory_path, meter, pace
+                            )
                         )
-                    )
                 except ImageError as error:
                     raise await self._source.lose_base(error) from error
-        copied, method = (0, None) if result is None else (result.copied_bytes, result.method)
-        record.note_precopy(meter.done_bytes, meter.total_bytes, memory_bytes - copied, method)
+        method = None if base.snapshot_id is None else result.method
+        holes = memory_bytes - (0 if method is None else result.copied_bytes)
+        record.note_precopy(meter.done_bytes, meter.total_bytes, holes, method)
 
     async def _get_pages_ahead(self, serial: int, expected_bytes: int) -> None:
         """Gets the pages that the window will write to: a fresh page of tmpfs costs more than the
@@ -354,14 +375,32 @@ class BranchLife:
         shop, record, draft = self._shop, self.record, self._draft
         assert draft is not None
         meter = Meter(self._holding.image)
-        place = merge_staged_diff if self.branch.mode is BranchMode.DIFF else place_staged_full
         async with shop.merges.slot():
             if record.stage is BranchStage.RESUMED:
                 await record.enter(BranchStage.MERGING)
             async with record.reporting(
                 lambda: record.note_merge(meter.done_bytes, meter.total_bytes)
             ):
-                await shop.merges.run(lambda pace: place(staged, draft, meter, pace))
+                if self.branch.layout is Layout.LAYERED:
+                    await self._place_layer(staged, draft, meter)
+                elif self.branch.mode is BranchMode.DIFF:
+                    await shop.merges.run(
+                        lambda pace: merge_staged_diff(staged, draft, meter, pace)
+                    )
+                else:
+                    await shop.merges.run(
+                        lambda pace: place_staged_full(staged, draft, meter, pace)
+                    )
+
+    async def _place_layer(self, staged: Staged, draft: Draft, meter: Meter) -> None:
+        base, shop = self._source.base, self._shop
+        assert base is not None and base.snapshot_id is not None, "a layer has a parent"
+        parent = await shop.registry.get_snapshot(base.snapshot_id, include_deleted=True)
+        assert parent is not None, "a dirty base has a row"
+        extents = await shop.merges.run(
+            lambda pace: place_layer(staged, base.unmerged, draft, meter, pace)
+        )
+        self._layer = LayerWitness(parent.branch_id, extents)
 
     async def _finalise(self) -> None:
         """Makes the snapshot durable, then READY: row, dirty base and stage in one commit."""
@@ -374,7 +413,11 @@ class BranchLife:
                 lambda: shop.store.finalise(
                     draft,
                     Manifest.describe(
-                        branch=branch, machine=row.machine, vmm=row.vmm, host=shop.host
+                        branch=branch,
+                        machine=row.machine,
+                        vmm=row.vmm,
+                        host=shop.host,
+                        layer=self._layer,
                     ),
                 )
             )
@@ -388,7 +431,7 @@ class BranchLife:
             branch_id=branch.branch_id,
             parent_snapshot_id=branch.base_snapshot_id,
             mode=branch.mode,
-            layout=Layout.FLAT,
+            layout=branch.layout,
             machine=row.machine,
             vmm=row.vmm,
             disk_bytes=await shop.run(lambda: data_bytes_of(folder)),

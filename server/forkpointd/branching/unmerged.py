@@ -11,7 +11,7 @@ import asyncio
 import logging
 from dataclasses import replace
 
-from forkpointd.branching.imaging import Meter, make_base_image
+from forkpointd.branching.imaging import Meter, make_image
 from forkpointd.branching.workshop import Workshop
 from forkpointd.images import ImageError, Manifest, Reservation
 from forkpointd.model import (
@@ -66,18 +66,18 @@ async def _make_hidden_image(
     if branch is None:
         raise ImageError(f"branch {base.unmerged[-1].branch_id} of a kept diff is forgotten")
     manifest = Manifest.describe(
-        branch=replace(branch, snapshot_id=image_id),
+        branch=replace(branch, snapshot_id=image_id, layout=Layout.FLAT),
         machine=row.machine,
         vmm=row.vmm,
         host=shop.host,
     )
     draft = await shop.run(lambda: shop.store.draft(image_id))
     try:
-        async with shop.merges.slot():
+        async with shop.merges.slot(), shop.sandboxes.snapshots.reading_base(base) as chain:
             await shop.merges.run(
-                lambda pace: make_base_image(
-                    shop.store,
-                    base,
+                lambda pace: make_image(
+                    chain,
+                    base.unmerged,
                     row.machine.memory_bytes,
                     draft.memory_path,
                     Meter(reservation),

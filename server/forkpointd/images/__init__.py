@@ -2,6 +2,7 @@
 
     extents     which bytes of a diff are data, and the file that says so
     copying     pre-copy, merge and plain copies that leave holes alone
+    layers      diffs that stand on one another, and the image that they are together
     cold_pages  free memory that is slow to write to, made ready before a window
     staging     where a window is written, and whether a folder is fit for it
     space       room that is reserved before it is used
@@ -37,7 +38,8 @@ from forkpointd.images.extents import (
 )
 from forkpointd.images.fits import Mismatch, can_read, check_fits
 from forkpointd.images.hostfacts import HostFacts, read_host_facts
-from forkpointd.images.manifest import DriveWitness, Manifest
+from forkpointd.images.layers import Layer, copy_chain, shown, union
+from forkpointd.images.manifest import DriveWitness, LayerWitness, Manifest
 from forkpointd.images.space import (
     MEMINFO,
     Budget,
@@ -58,12 +60,13 @@ from forkpointd.images.staging import (
     allocated_bytes,
     probe_staging,
 )
-from forkpointd.images.store import Draft, SnapshotStore, StoredSnapshot, data_bytes_of
+from forkpointd.images.store import Chain, Draft, SnapshotStore, StoredSnapshot, data_bytes_of
 from forkpointd.images.zeros import copy_full, punch_zeros
 
 __all__ = [
     "MEMINFO",
     "Budget",
+    "Chain",
     "CopyResult",
     "Draft",
     "DriveWitness",
@@ -71,6 +74,8 @@ __all__ = [
     "Extents",
     "HostFacts",
     "ImageError",
+    "Layer",
+    "LayerWitness",
     "Ledger",
     "Manifest",
     "Mismatch",
@@ -92,6 +97,7 @@ __all__ = [
     "can_reflink",
     "check_fits",
     "choose_staging",
+    "copy_chain",
     "copy_full",
     "copy_image",
     "copy_whole",
@@ -110,6 +116,8 @@ __all__ = [
     "punch_zeros",
     "read_host_facts",
     "save_extents",
+    "shown",
     "total_bytes",
+    "union",
     "warm",
 ]

@@ -81,13 +81,22 @@ def copy_image(
         _check_size(base, size_bytes)
         steps.before_chunk()
         with create_file(image_path) as image:
-            if _reflinked(base, image):
-                _check_size(image, size_bytes)
-                shared = min(size_bytes, os.fstat(image.fd).st_blocks * 512)
+            if reflinked := _share_image(base, image, size_bytes):
                 if on_total is not None:
                     on_total(0)
-                return CopyResult(CopyMethod.REFLINK, shared, size_bytes - shared, size_bytes)
+                return reflinked
             return _copy_data(base, image, size_bytes, steps, on_total)
+
+
+def reflink_image(base_path: Path, image_path: Path, size_bytes: int) -> CopyResult | None:
+    """As `copy_image`, by reflink alone; None, and no `image_path`, where that can't be."""
+    with open_file(base_path, os.O_RDONLY) as base:
+        _check_size(base, size_bytes)
+        with create_file(image_path) as image:
+            reflinked = _share_image(base, image, size_bytes)
+    if reflinked is None:
+        image_path.unlink()
+    return reflinked
 
 
 def copy_whole(
@@ -164,6 +173,14 @@ def can_reflink(folder: Path) -> bool:
 def _check_size(file: OpenFile, size_bytes: int) -> None:
     if file.size_bytes != size_bytes:
         raise ImageError(f"{file.path} has {file.size_bytes} bytes, not {size_bytes}")
+
+
+def _share_image(base: OpenFile, image: OpenFile, size_bytes: int) -> CopyResult | None:
+    if not _reflinked(base, image):
+        return None
+    _check_size(image, size_bytes)
+    shared = min(size_bytes, os.fstat(image.fd).st_blocks * 512)
+    return CopyResult(CopyMethod.REFLINK, shared, size_bytes - shared, size_bytes)
 
 
 def _reflinked(source: OpenFile, target: OpenFile) -> bool:

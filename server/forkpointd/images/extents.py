@@ -218,7 +218,7 @@ def save_extents(
         raise FileExistsError(errno.EEXIST, "extents are stored once", str(path))
     part = path.with_name(path.name + PART_SUFFIX)
     try:
-        fs.write_new(part, _encode(Extents.of(extents), memory_bytes))
+        fs.write_new(part, encode_extents(Extents.of(extents), memory_bytes))
         if sync:
             fs.fsync_file(part)
         fs.rename(part, path)
@@ -235,12 +235,13 @@ def load_extents(path: Path) -> StoredExtents:
     is not known here; OSError if it can't be read."""
     content = path.read_bytes()
     try:
-        return _decode(content)
+        return decode_extents(content)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
 
 
-def _encode(extents: Extents, memory_bytes: int) -> bytes:
+def encode_extents(extents: Extents, memory_bytes: int) -> bytes:
+    """As their file has them."""
     unit = syscalls.PAGE_BYTES
     largest = end = 0
     for offset, length in extents.pairs():
@@ -266,7 +267,8 @@ def _header(crc: int, unit: int, width: int, memory_bytes: int, count: int) -> b
     return _HEADER.pack(_MAGIC, _VERSION, crc, unit, width, memory_bytes, count)
 
 
-def _decode(content: bytes) -> StoredExtents:
+def decode_extents(content: bytes) -> StoredExtents:
+    """What `encode_extents` made. Raises ImageError."""
     if len(content) < _HEADER.size or not content.startswith(_MAGIC):
         raise ImageError("this is no extents file, or it was cut")
     _, version, crc, unit, width, memory_bytes, count = _HEADER.unpack_from(content)

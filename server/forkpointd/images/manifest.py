@@ -4,16 +4,19 @@ A snapshot's folder is moved and copied by people, so nothing in a manifest is b
 missing keys and the sizes of the files it names are checked before Firecracker sees them, for a
 failed load ends the process. `fits` compares it with a host.
 
-The file is JSON, `format` 1. A key that is not known is refused as well: it would be a promise
-that this version can't keep.
+The file is JSON, `format` 2 (1 had no layers). A key that is not known is refused as well: it would
+be a promise that this version can't keep.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import json
 import os
 import stat
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forkpointd.images.errors import ImageError
+from forkpointd.images.extents import Extents, decode_extents, encode_extents, total_bytes
 from forkpointd.images.hostfacts import HostFacts
 from forkpointd.model import (
     MIB,
@@ -35,10 +39,11 @@ from forkpointd.model import (
     now,
 )
 
-FORMAT = 1
+FORMAT = 2
+_WITHOUT_LAYERS = 1
 
-MAX_MANIFEST_BYTES = 4 * MIB
-"""More is no manifest of ours: it isn't even read."""
+MAX_MANIFEST_BYTES = 64 * MIB
+"""More is no manifest of ours: it isn't even read. A layer of a million scattered pages has 11."""
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -89,6 +94,16 @@ class DriveWitness:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerWitness:
+    """What a layer holds, and what it stands on."""
+
+    parent_branch_id: str
+    """Of the branch that made the parent: another snapshot may have its id by now."""
+    extents: Extents
+    """The pages in its memory file: the only truth, wherever that file was copied to."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything about a snapshot that must be known to start from it."""
 
@@ -119,6 +134,8 @@ class Manifest:
     """Reserved: a snapshot with network interfaces."""
     has_vsock: bool = False
     """Reserved: a snapshot with a vsock device."""
+    layer: LayerWitness | None = None
+    """None for FLAT."""
     boot: Mapping[str, str] = field(default_factory=dict)
     """How the first ancestor was booted, where that is known: for people."""
 
@@ -130,6 +147,7 @@ class Manifest:
         machine: Machine,
         vmm: VmmVersion,
         host: HostFacts,
+        layer: LayerWitness | None = None,
         boot: Mapping[str, str] | None = None,
     ) -> Manifest:
         """The manifest of the snapshot that `branch` made, now and on this host. `vmm` is what
@@ -155,12 +173,16 @@ class Manifest:
             kernel_release=host.kernel_release,
             page_bytes=host.page_bytes,
             drives=tuple(DriveWitness.of(drive) for drive in machine.drives),
+            layer=layer,
             boot=dict(boot or {}),
         )
 
     def to_json(self) -> str:
         """The manifest as its file has it: sorted, for people to compare."""
-        return json.dumps({"format": FORMAT, **_plain(self)}, indent=1, sort_keys=True) + "\n"
+        content = {"format": FORMAT, **_plain(dataclasses.replace(self, layer=None))}
+        if self.layer is not None:
+            content["layer"] = _plain_layer(self.layer, self.memory_bytes)
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
@@ -172,11 +194,14 @@ class Manifest:
         if not isinstance(content, dict):
             raise ImageError("the manifest is not a JSON object")
         version = content.pop("format", None)
-        if version != FORMAT or isinstance(version, bool):
+        if version not in (FORMAT, _WITHOUT_LAYERS) or isinstance(version, bool):
             raise ImageError(
                 f"manifest format {version!r} is not known: this version knows {FORMAT}"
             )
+        if version == _WITHOUT_LAYERS:
+            content.setdefault("layer", None)
         reader = _Reader(content, "")
+        memory_bytes = reader.count("memory_bytes", at_least=1)
         manifest = cls(
             snapshot_id=reader.text("snapshot_id"),
             create_time=reader.instant("create_time"),
@@ -185,7 +210,7 @@ class Manifest:
             parent_snapshot_id=reader.optional_text("parent_snapshot_id"),
             mode=reader.one_of("mode", BranchMode),
             layout=reader.one_of("layout", Layout),
-            memory_bytes=reader.count("memory_bytes", at_least=1),
+            memory_bytes=memory_bytes,
             vcpus=reader.count("vcpus", at_least=1),
             vmm=_read_vmm(reader.inner("vmm")),
             snapshot_version=reader.text("snapshot_version"),
@@ -199,10 +224,21 @@ class Manifest:
             drives=tuple(_read_drive(inner) for inner in reader.inners("drives")),
             has_network=reader.flag("has_network"),
             has_vsock=reader.flag("has_vsock"),
+            layer=_read_layer(reader.optional_inner("layer"), memory_bytes),
             boot=reader.text_map("boot"),
         )
         reader.finish()
+        _check_layer(manifest)
         return manifest
+
+
+def _check_layer(manifest: Manifest) -> None:
+    """A layer stands on a parent, and nothing else is one."""
+    if (manifest.layout is Layout.LAYERED) != (manifest.layer is not None):
+        raise ImageError(f"manifest: layout is {manifest.layout}, which layer does not fit")
+    parent = manifest.parent_snapshot_id
+    if manifest.layer is not None and parent in (None, manifest.snapshot_id):
+        raise ImageError(f"manifest: a layer can't stand on {parent}")
 
 
 # --- JSON --------------------------------------------------------------------------------------
@@ -223,6 +259,42 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return value
+
+
+def _plain_layer(layer: LayerWitness, memory_bytes: int) -> dict[str, Any]:
+    packed = zlib.compress(encode_extents(layer.extents, memory_bytes), 1)
+    return {
+        "parent_branch_id": layer.parent_branch_id,
+        "data_bytes": total_bytes(layer.extents),
+        "extents": base64.b64encode(packed).decode(),
+    }
+
+
+def _read_layer(reader: _Reader | None, memory_bytes: int) -> LayerWitness | None:
+    if reader is None:
+        return None
+    parent_branch_id = reader.text("parent_branch_id")
+    data_bytes = reader.count("data_bytes")
+    unpacking = zlib.decompressobj()
+    try:
+        packed = base64.b64decode(reader.text("extents"), validate=True)
+        content = unpacking.decompress(packed, MAX_MANIFEST_BYTES)
+    except (binascii.Error, zlib.error) as error:
+        raise ImageError(f"manifest: layer.extents can't be unpacked: {error}") from error
+    if not unpacking.eof or unpacking.unused_data:
+        raise ImageError("manifest: layer.extents are cut, or too many, or something follows them")
+    stored = decode_extents(content)
+    if stored.memory_bytes != memory_bytes:
+        raise ImageError(
+            f"manifest: layer.extents are of a memory of {stored.memory_bytes} bytes, "
+            f"not {memory_bytes}"
+        )
+    if total_bytes(stored.extents) != data_bytes:
+        raise ImageError(
+            f"manifest: layer.extents have {total_bytes(stored.extents)} bytes, not {data_bytes}"
+        )
+    reader.finish()
+    return LayerWitness(parent_branch_id, stored.extents)
 
 
 def _read_vmm(reader: _Reader) -> VmmVersion:
@@ -322,6 +394,12 @@ class _Reader:
         if not isinstance(value, dict):
             raise self._wrong(name, "an object")
         return _Reader(value, f"{self._where}{name}.")
+
+    def optional_inner(self, name: str) -> _Reader | None:
+        if self._content.get(name, "") is None:
+            self._take(name)
+            return None
+        return self.inner(name)
 
     def inners(self, name: str) -> list[_Reader]:
         value = self._take(name)

@@ -1,6 +1,8 @@
 """Snapshot folders on disk: made out of sight, seen whole or not at all, gone at once.
 
     ROOT/<snapshot_id>/memory         as large as the guest's memory, holes are zeros
+                      /layer          in its place where the snapshot is LAYERED: as large, and its
+                                      manifest says what it holds
                       /vmstate
                       /manifest.json
     ROOT/.draft-<branch_id>/          a snapshot that is being made
@@ -20,19 +22,24 @@ import dataclasses
 import os
 import stat
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from forkpointd.images.errors import ImageError
 from forkpointd.images.fs import Fs
-from forkpointd.images.manifest import MAX_MANIFEST_BYTES, Manifest
+from forkpointd.images.layers import Layer
+from forkpointd.images.manifest import MAX_MANIFEST_BYTES, LayerWitness, Manifest
 from forkpointd.images.staging import allocated_bytes
-from forkpointd.model import ID_PATTERN
+from forkpointd.model import ID_PATTERN, Layout
 
 MEMORY_NAME = "memory"
+LAYER_NAME = "layer"
 VMSTATE_NAME = "vmstate"
 MANIFEST_NAME = "manifest.json"
+
+_PART = ".part"
+"""Ends the name of a file that will take another's place."""
 
 _DRAFT = ".draft-"
 _TRASH = ".trash-"
@@ -47,8 +54,13 @@ class Draft:
 
     @property
     def memory_path(self) -> Path:
-        """Where the memory goes."""
+        """Where the memory goes, if it is whole."""
         return self.folder / MEMORY_NAME
+
+    @property
+    def layer_path(self) -> Path:
+        """Where the pages of a layer go."""
+        return self.folder / LAYER_NAME
 
     @property
     def vmstate_path(self) -> Path:
@@ -70,13 +82,36 @@ class StoredSnapshot:
 
     @property
     def memory_path(self) -> Path:
-        """The memory, never to be written to: children map it."""
-        return self.folder / MEMORY_NAME
+        """The memory, never to be written to: children map it. Of a layer: its pages only."""
+        return self.folder / (MEMORY_NAME if self.manifest.layer is None else LAYER_NAME)
 
     @property
     def vmstate_path(self) -> Path:
         """The state of CPUs and devices."""
         return self.folder / VMSTATE_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What a snapshot's memory is made of."""
+
+    image: StoredSnapshot
+    """FLAT."""
+    layers: tuple[StoredSnapshot, ...]
+    """On top of it, oldest first; the last is the snapshot itself, if it is one."""
+
+    @property
+    def depth(self) -> int:
+        """How many layers it has."""
+        return len(self.layers)
+
+    def parts(self) -> tuple[Layer, ...]:
+        """The layers as `copy_chain` takes them."""
+        return tuple(
+            Layer(stored.memory_path, stored.manifest.layer.extents)
+            for stored in self.layers
+            if stored.manifest.layer is not None
+        )
 
 
 class SnapshotStore:
@@ -116,7 +151,7 @@ class SnapshotStore:
             self._fs.fsync_folder(self.root)
         self._begin(draft.folder)
         self._fs.unlink(draft.manifest_path)
-        for path in (draft.memory_path, draft.vmstate_path):
+        for path in (draft.memory_path, draft.layer_path, draft.vmstate_path):
             if path.exists():
                 self._fs.chmod(path, 0o600)
         return draft
@@ -135,20 +170,18 @@ class SnapshotStore:
         folder = self._folder_of(manifest.snapshot_id)
         if os.path.lexists(folder):
             raise ImageError(f"snapshot {manifest.snapshot_id} is there already: {folder}")
-        memory_bytes = _size_of(draft.memory_path)
+        memory_path = draft.memory_path if manifest.layer is None else draft.layer_path
+        memory_bytes = _size_of(memory_path)
         if memory_bytes != manifest.memory_bytes:
-            raise ImageError(
-                f"{draft.memory_path} has {memory_bytes} bytes, not {manifest.memory_bytes}"
-            )
+            raise ImageError(f"{memory_path} has {memory_bytes} bytes, not {manifest.memory_bytes}")
         manifest = dataclasses.replace(manifest, vmstate_bytes=_size_of(draft.vmstate_path))
         if not manifest.vmstate_bytes:
             raise ImageError(f"{draft.vmstate_path} is empty")
         fs = self._fs
         fs.unlink(draft.manifest_path)
         fs.write_new(draft.manifest_path, manifest.to_json().encode())
-        for path in (draft.memory_path, draft.vmstate_path, draft.manifest_path):
-            fs.chmod(path, 0o400)
-            fs.fsync_file(path)
+        for path in (memory_path, draft.vmstate_path, draft.manifest_path):
+            self._seal(path)
         fs.fsync_folder(draft.folder)
         self._begin(folder)
         fs.rename(draft.folder, folder)
@@ -185,6 +218,96 @@ class SnapshotStore:
         except NotADirectoryError as error:
             raise ImageError(f"{folder} is not a folder") from error
         return stored
+
+    def chain(self, snapshot_id: str) -> Chain:
+        """A finished snapshot with all that it stands on, each of which is looked at. Raises
+        ImageError where one is gone, is another than the layer was taken over, has another size of
+        memory, or stands on itself; OSError."""
+        layers: list[StoredSnapshot] = []
+        seen = {snapshot_id}
+        stored = self.open(snapshot_id)
+        while (layer := stored.manifest.layer) is not None:
+            layers.append(stored)
+            parent_id = stored.manifest.parent_snapshot_id
+            assert parent_id is not None, "a manifest of a layer names its parent"
+            if parent_id in seen:
+                raise ImageError(f"snapshot {parent_id} stands on itself")
+            seen.add(parent_id)
+            try:
+                parent = self.open(parent_id)
+            except ImageError as error:
+                raise ImageError(
+                    f"snapshot {stored.manifest.snapshot_id} stands on {parent_id}: {error}"
+                ) from error
+            _check_parent(parent.manifest, stored.manifest, layer)
+            stored = parent
+        return Chain(stored, tuple(reversed(layers)))
+
+    def check_there(self, snapshot_ids: Iterable[str]) -> None:
+        """Whether the files of these are there at all: what `chain` finds out, for a thousand of
+        them in milliseconds. Raises ImageError for the first that lacks one, OSError."""
+        for snapshot_id in snapshot_ids:
+            folder = self._folder_of(snapshot_id)
+            for names in ((MANIFEST_NAME,), (MEMORY_NAME, LAYER_NAME)):
+                if not any(os.path.lexists(folder / name) for name in names):
+                    raise ImageError(f"{folder / names[-1]} is not there")
+
+    # --- flattening ---
+
+    def flatten(self, snapshot_id: str, make: Callable[[Path], object]) -> StoredSnapshot:
+        """Makes a LAYERED snapshot FLAT, durably: `make(path)` writes its whole memory to a new
+        file. Until its new manifest is there it is the layer that it was, and that layer's file
+        stays for those who read it: `remove_layer` when nobody does. A FLAT one is left so.
+
+        Not to be called twice at once for one snapshot. Raises ImageError, OSError, and what `make`
+        raises.
+        """
+        stored = self.open(snapshot_id)
+        if stored.manifest.layer is None:
+            return stored
+        self._replace(stored.folder / MEMORY_NAME, make)
+        flat = dataclasses.replace(stored.manifest, layout=Layout.FLAT, layer=None)
+        content = flat.to_json().encode()
+        self._replace(stored.folder / MANIFEST_NAME, lambda path: self._fs.write_new(path, content))
+        return StoredSnapshot(stored.folder, flat)
+
+    def remove_layer(self, snapshot_id: str) -> None:
+        """Removes the pages of a layer that was flattened. Idempotent. Raises OSError."""
+        folder = self._folder_of(snapshot_id)
+        if os.path.lexists(folder / LAYER_NAME):
+            self._fs.unlink(folder / LAYER_NAME)
+            self._fs.fsync_folder(folder)
+
+    def flattened_layers(self) -> tuple[str, ...]:
+        """Of which FLAT snapshots a crash left the layer. Raises OSError."""
+        found = []
+        for name in self._names():
+            if os.path.lexists(self.root / name / LAYER_NAME) and ID_PATTERN.fullmatch(name):
+                try:
+                    manifest = _read_manifest(self.root / name / MANIFEST_NAME)
+                except ImageError:
+                    continue
+                if manifest.layer is None:
+                    found.append(name)
+        return tuple(found)
+
+    def _replace(self, path: Path, make: Callable[[Path], object]) -> None:
+        """Puts a new file in another's place, durably."""
+        part = path.with_name(path.name + _PART)
+        self._fs.unlink(part)
+        try:
+            make(part)
+            self._seal(part)
+            self._fs.rename(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        self._fs.fsync_folder(path.parent)
+
+    def _seal(self, path: Path) -> None:
+        """Nobody writes to it from now on, and what is in it is on the disk."""
+        self._fs.chmod(path, 0o400)
+        self._fs.fsync_file(path)
 
     # --- removing ---
 
@@ -287,6 +410,19 @@ class SnapshotStore:
             self._fs.unlink(folder / name)
         self._fs.rmdir(folder)
         self._fs.fsync_folder(self.root)
+
+
+def _check_parent(parent: Manifest, child: Manifest, layer: LayerWitness) -> None:
+    if parent.branch_id != layer.parent_branch_id:
+        raise ImageError(
+            f"snapshot {child.snapshot_id} stands on {parent.snapshot_id} of branch "
+            f"{layer.parent_branch_id}, and that is of branch {parent.branch_id}"
+        )
+    if parent.memory_bytes != child.memory_bytes:
+        raise ImageError(
+            f"snapshot {child.snapshot_id} has {child.memory_bytes} bytes of memory, and "
+            f"{parent.snapshot_id} under it {parent.memory_bytes}"
+        )
 
 
 def data_bytes_of(folder: Path) -> int:

@@ -196,9 +196,18 @@ class Registry:
         await self.write(lambda c: snapshots.mark_deleted(c, snapshot_id))
 
     async def snapshots_nobody_needs(self) -> list[str]:
-        """Deleted ones that are no sandbox's dirty base (VALID or PENDING) and from which no
-        unfinished fork starts children. Found from the rows each time, never counted along."""
+        """Deleted ones that are no sandbox's dirty base (VALID or PENDING), from which no
+        unfinished fork starts children, and on which no layer stands. Found from the rows each
+        time, never counted along."""
         return await self.read(snapshots.nobody_needs)
+
+    async def chain_of_snapshot(self, snapshot_id: str) -> list[str]:
+        """It and all that it stands on, deleted ones included, the newest first."""
+        return await self.read(lambda c: snapshots.chain_of(c, snapshot_id))
+
+    async def snapshot_is_flat(self, snapshot_id: str, disk_bytes: int) -> None:
+        """A layer, deleted or not, was flattened. Idempotent."""
+        await self.write(lambda c: snapshots.flattened(c, snapshot_id, disk_bytes))
 
     async def remove_snapshot_row(self, snapshot_id: str) -> None:
         """After its files are gone. Idempotent; `AssertionError` for one without a tombstone."""

@@ -180,6 +180,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )
         """,
     ),
+    (
+        # What stands on a snapshot: a deleted one's files are kept for it.
+        """
+        CREATE INDEX layers_on_parent ON snapshots (parent_snapshot_id) WHERE layout = 'LAYERED'
+        """,
+    ),
 )
 
 

@@ -83,17 +83,41 @@ def mark_deleted(connection: Connection, snapshot_id: str) -> None:
 
 
 def nobody_needs(connection: Connection) -> list[str]:
-    """Deleted snapshots whose files may go: no sandbox has one as the base of its next diff, and no
-    unfinished fork will start children from it."""
+    """Deleted snapshots whose files may go: no sandbox has one as the base of its next diff, no
+    unfinished fork will start children from it, and no layer stands on it."""
     rows = connection.execute(
         "SELECT snapshot_id FROM snapshots WHERE deleted = 1"
         " AND NOT EXISTS (SELECT 1 FROM sandboxes"
         " WHERE needed_snapshot_id IS NOT NULL AND needed_snapshot_id = snapshots.snapshot_id)"
         " AND NOT EXISTS (SELECT 1 FROM forks"
         f" WHERE forks.snapshot_id = snapshots.snapshot_id AND {FORK_UNFINISHED})"
+        " AND NOT EXISTS (SELECT 1 FROM snapshots AS layers WHERE layers.layout = 'LAYERED'"
+        " AND layers.parent_snapshot_id = snapshots.snapshot_id)"
         " ORDER BY snapshot_id"
     )
     return [row[0] for row in rows]
+
+
+def chain_of(connection: Connection, snapshot_id: str) -> list[str]:
+    """A snapshot and all that it stands on, deleted ones included, the newest first."""
+    rows = connection.execute(
+        "WITH RECURSIVE chain (snapshot_id, below, depth) AS ("
+        " SELECT snapshot_id, IIF(layout = 'LAYERED', parent_snapshot_id, NULL), 0"
+        " FROM snapshots WHERE snapshot_id = ?"
+        " UNION ALL SELECT s.snapshot_id, IIF(s.layout = 'LAYERED', s.parent_snapshot_id, NULL),"
+        " chain.depth + 1 FROM snapshots AS s JOIN chain ON s.snapshot_id = chain.below)"
+        " SELECT snapshot_id FROM chain ORDER BY depth",
+        (snapshot_id,),
+    )
+    return [row[0] for row in rows]
+
+
+def flattened(connection: Connection, snapshot_id: str, disk_bytes: int) -> None:
+    """A layer, deleted or not, stands on nothing any more. Idempotent."""
+    connection.execute(
+        "UPDATE snapshots SET layout = 'FLAT', disk_bytes = ? WHERE snapshot_id = ?",
+        (disk_bytes, snapshot_id),
+    )
 
 
 def remove(connection: Connection, snapshot_id: str) -> None:

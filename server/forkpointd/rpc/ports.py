@@ -20,6 +20,7 @@ from forkpointd.model import (
     BranchStage,
     BranchView,
     CreateOrder,
+    Flattening,
     Fork,
     ForkOrder,
     Page,
@@ -122,6 +123,10 @@ class SnapshotPort(Protocol):
     async def set_labels(self, snapshot_id: str, labels: Mapping[str, str]) -> Snapshot: ...
 
     async def delete(self, snapshot_id: str) -> None: ...
+
+    def flattening(self, snapshot_id: str) -> AsyncIterator[Flattening]:
+        """Makes it FLAT, if it isn't: the state as of now, then each later one."""
+        ...
 
 
 class ConsoleWriter(Protocol):

@@ -1,4 +1,4 @@
-"""SnapshotService: look at snapshots, label them, delete them."""
+"""SnapshotService: look at snapshots, label them, delete them, make them one file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from forkpointd.rpc.call import Call
 from forkpointd.rpc.ports import Position, SnapshotPort
 from forkpointd.rpc.rules import Limits
 from forkpointd.rpc.validation import check
+from forkpointd.rpc.watching import released
 
 
 class SnapshotService:
@@ -53,6 +54,19 @@ class SnapshotService:
         check(request, self._limits)
         await self._snapshots.delete(request.snapshot_id)
         return pb.DeleteSnapshotResponse()
+
+    async def FlattenSnapshot(self, request: pb.FlattenSnapshotRequest, call: Call) -> None:
+        """Makes a layer one file, and follows that."""
+        check(request, self._limits)
+        async with released(self._snapshots.flattening(request.snapshot_id)) as states:
+            async for each in states:
+                await call.write(
+                    pb.FlattenSnapshotResponse(
+                        snapshot=convert.snapshot(each.snapshot),
+                        done_bytes=each.done_bytes,
+                        total_bytes=each.total_bytes,
+                    )
+                )
 
 
 def _position(it: Snapshot) -> Position:

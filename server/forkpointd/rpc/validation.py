@@ -124,6 +124,7 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
         "labels": rules.labels,
     },
     "DeleteSnapshotRequest": _ONE_SNAPSHOT,
+    "FlattenSnapshotRequest": _ONE_SNAPSHOT,
     "GetServerInfoRequest": {},
 }
 """The rule of each field, by message. A rule is asked where the field is there and not empty; a

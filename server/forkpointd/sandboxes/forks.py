@@ -125,6 +125,8 @@ class Forks:
         fork = self._feeds[fork_id].latest
         try:
             stored = await self._sandboxes.starter.check_loadable(snapshot.snapshot_id)
+            # Before there are rows: a server that is killed meanwhile begins again.
+            stored = await self._sandboxes.snapshots.flat(stored)
         except ForkpointError as error:
             return await self.fail(fork_id, error.problem)
         fork = await self._commit(replace(fork, stage=ForkStage.STARTING))
@@ -251,6 +253,7 @@ class Forks:
         outcomes: asyncio.Queue[_Outcome],
     ) -> None:
         try:
+            stored = await self._sandboxes.snapshots.flat(stored)
             async with self._starts, live.turn:
                 live.require_not_deleting()
                 # At once, not with the outcome: a delete that waits for the turn ends it.

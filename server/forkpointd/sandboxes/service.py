@@ -259,7 +259,7 @@ class Sandboxes:
         async with live.turn:
             try:
                 if stored is not None:
-                    vmm = await self.starter.load(row, stored)
+                    vmm = await self.starter.load(row, await self.snapshots.flat(stored))
                 else:
                     assert row.boot is not None
                     vmm = await self.starter.boot(row, row.boot)

@@ -2,7 +2,8 @@
 
 A deleted snapshot leaves the API at once. Its files go when no live sandbox has it as its dirty
 base (its own diffs, or a child that has not branched yet), which the registry derives from the
-sandboxes' rows, and when nobody is just starting from it (`hold`).
+sandboxes' rows, when no layer stands on it, and when nobody is just reading it (`hold`). The pages
+that a layer had go when it was flattened, and likewise nobody reads them any more.
 """
 
 from __future__ import annotations
@@ -10,17 +11,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import datetime
+from typing import Protocol
 
-from forkpointd.images import SnapshotStore
-from forkpointd.model import ForkpointError, Page, Reason, Snapshot
+from forkpointd.images import Chain, SnapshotStore, StoredSnapshot
+from forkpointd.model import (
+    DirtyBase,
+    Flattening,
+    ForkpointError,
+    Layout,
+    Page,
+    Reason,
+    Snapshot,
+)
 from forkpointd.registry import Registry
 
 log = logging.getLogger(__name__)
+
+
+class Flattener(Protocol):
+    """Makes LAYERED snapshots FLAT, each once at a time."""
+
+    async def flatten(self, snapshot_id: str) -> StoredSnapshot:
+        """The snapshot, FLAT from now on."""
+
+    def watch(self, snapshot_id: str) -> AsyncIterator[tuple[int, int]]:
+        """The same: bytes done and in all, as they change, at least once."""
 
 
 class Snapshots:
@@ -32,7 +52,30 @@ class Snapshots:
         self._files = files
         self._held: Counter[str] = Counter()
         self._collecting = asyncio.Lock()
+        self._flattened: set[str] = set()
+        """Whose layer's file may still be there."""
         self._edit = asyncio.Lock()
+        self.flattener: Flattener | None = None
+        """Set by those who copy images."""
+
+    async def flat(self, stored: StoredSnapshot) -> StoredSnapshot:
+        """The snapshot as one file that children can map, made now if it is LAYERED. Raises
+        IMAGE_DAMAGED, NO_DISK_SPACE, WRITE_FAILED."""
+        if stored.manifest.layer is None:
+            return stored
+        assert self.flattener is not None, "the server is built"
+        return await self.flattener.flatten(stored.manifest.snapshot_id)
+
+    async def flattening(self, snapshot_id: str) -> AsyncIterator[Flattening]:
+        """The same, step by step. One who leaves ends nothing."""
+        snapshot = await self.get(snapshot_id)
+        if snapshot.layout is Layout.FLAT:
+            yield Flattening(snapshot, 0, 0)
+            return
+        assert self.flattener is not None, "the server is built"
+        async for done, total in self.flattener.watch(snapshot_id):
+            yield Flattening(snapshot, done, total)
+        yield Flattening(await self.get(snapshot_id), done, total)
 
     async def get(self, snapshot_id: str) -> Snapshot:
         """A READY snapshot."""
@@ -79,23 +122,94 @@ class Snapshots:
             if not self._held[snapshot_id]:
                 del self._held[snapshot_id]
 
+    @asynccontextmanager
+    async def reading(self, snapshot_id: str) -> AsyncIterator[Chain]:
+        """A snapshot with all that it stands on, whose files stay in the block. Raises ImageError,
+        OSError."""
+        run, find = asyncio.get_running_loop().run_in_executor, self._store.chain
+        with ExitStack() as held:
+            held.enter_context(self.hold(snapshot_id))
+            chain = await run(self._files, find, snapshot_id)
+            while True:
+                for layer in (chain.image, *chain.layers):
+                    held.enter_context(self.hold(layer.manifest.snapshot_id))
+                found = chain
+                chain = await run(self._files, find, snapshot_id)
+                if chain == found:  # else something of it was flattened meanwhile
+                    break
+            yield chain
+        if self._flattened:
+            await self.collect()
+
+    @asynccontextmanager
+    async def reading_base(self, base: DirtyBase) -> AsyncIterator[Chain | None]:
+        """The same of what a dirty base stands on; None for the empty image."""
+        if base.snapshot_id is None:
+            yield None
+        else:
+            async with self.reading(base.snapshot_id) as chain:
+                yield chain
+
+    async def check_base(self, base: DirtyBase) -> None:
+        """Whether all that a dirty base stands on is there: a layer over it would be lost else.
+        Raises ImageError, OSError."""
+        if base.snapshot_id is not None:
+            chain = await self._registry.chain_of_snapshot(base.snapshot_id)
+            run = asyncio.get_running_loop().run_in_executor
+            await run(self._files, self._store.check_there, chain)
+
+    async def became_flat(self, snapshot_id: str, disk_bytes: int) -> None:
+        """A layer was flattened on the disk: so is its row now. What it stood on, and its pages,
+        go with the next `collect` when nobody reads them."""
+        await self._registry.snapshot_is_flat(snapshot_id, disk_bytes)
+        self._flattened.add(snapshot_id)
+
     async def collect(self) -> int:
         """Removes the files, then the rows, of deleted snapshots that nobody needs; returns how
         many. A file that can't be removed keeps its row and is tried again the next time."""
-        loop = asyncio.get_running_loop()
         removed = 0
         async with self._collecting:
-            for snapshot_id in await self._registry.snapshots_nobody_needs():
-                if self._held[snapshot_id]:
-                    continue
-                try:
-                    await loop.run_in_executor(self._files, self._store.delete, snapshot_id)
-                except OSError as error:
-                    log.error("can't remove the files of snapshot %s: %s", snapshot_id, error)
-                    continue
-                await self._registry.remove_snapshot_row(snapshot_id)
-                removed += 1
+            await self._remove_flattened_layers()
+            while found := await self._remove_unneeded():
+                removed += found  # what only they stood on is next
         return removed
+
+    async def _remove_unneeded(self) -> int:
+        loop = asyncio.get_running_loop()
+        removed = 0
+        for snapshot_id in await self._registry.snapshots_nobody_needs():
+            if self._held[snapshot_id]:
+                continue
+            try:
+                await loop.run_in_executor(self._files, self._store.delete, snapshot_id)
+            except OSError as error:
+                log.error("can't remove the files of snapshot %s: %s", snapshot_id, error)
+                continue
+            await self._registry.remove_snapshot_row(snapshot_id)
+            removed += 1
+        return removed
+
+    async def _remove_flattened_layers(self) -> None:
+        loop = asyncio.get_running_loop()
+        for snapshot_id in list(self._flattened):
+            if self._held[snapshot_id]:
+                continue
+            try:
+                await loop.run_in_executor(self._files, self._store.remove_layer, snapshot_id)
+            except OSError as error:
+                log.error("can't remove the layer of snapshot %s: %s", snapshot_id, error)
+                continue
+            self._flattened.discard(snapshot_id)
+
+
+def image_damaged(snapshot_id: str, error: Exception) -> ForkpointError:
+    """The error for files that are not what they should be."""
+    return ForkpointError(
+        Reason.IMAGE_DAMAGED,
+        f"snapshot {snapshot_id} can't be used: {error}. Put its files back from a copy, or delete "
+        "it and branch again",
+        metadata={"snapshot_id": snapshot_id},
+    )
 
 
 def snapshot_not_found(snapshot_id: str) -> ForkpointError:

@@ -31,6 +31,7 @@ from forkpointd.model import (
     Sandbox,
 )
 from forkpointd.sandboxes.folders import Folders
+from forkpointd.sandboxes.snapshots import image_damaged
 from forkpointd.vmm import (
     ApiRequest,
     Binary,
@@ -100,12 +101,7 @@ class Starter:
         try:
             stored = self._store.open(snapshot_id)
         except (ImageError, OSError) as error:
-            raise ForkpointError(
-                Reason.IMAGE_DAMAGED,
-                f"snapshot {snapshot_id} can't be used: {error}. Put its files back from a copy, "
-                "or delete it and branch again",
-                metadata={"snapshot_id": snapshot_id},
-            ) from error
+            raise image_damaged(snapshot_id, error) from error
         mismatches = check_fits(stored.manifest, self._host, strict=self._strict_host)
         refusals = [mismatch for mismatch in mismatches if mismatch.refuses]
         if refusals:

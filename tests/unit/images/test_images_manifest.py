@@ -48,7 +48,7 @@ def test_a_manifest_survives_its_file() -> None:
     assert Manifest.from_json(manifest().to_json()) == manifest()
     orphan = replace(manifest(), parent_snapshot_id=None, drives=(), boot={})
     assert Manifest.from_json(orphan.to_json().encode()) == orphan
-    assert content()["format"] == 1
+    assert content()["format"] == 2
 
 
 @pytest.mark.parametrize("key", sorted(content()))
@@ -72,6 +72,7 @@ def wrong_values() -> list[Any]:
     texts = {key for key, right in content().items() if isinstance(right, str)}
     right = {
         ("parent_snapshot_id", None),
+        ("layer", None),
         ("has_network", True),
         ("has_vsock", True),
         *((key, "word") for key in texts - {"mode", "layout", "create_time"}),
@@ -103,8 +104,8 @@ def test_what_is_not_known_is_refused_by_name() -> None:
     changed["drives"][0]["cache"] = "unsafe"
     with pytest.raises(ImageError, match=r"drives\.cache is not known"):
         read(changed)
-    with pytest.raises(ImageError, match="format 2 is not known"):
-        read({**content(), "format": 2})
+    with pytest.raises(ImageError, match="format 3 is not known"):
+        read({**content(), "format": 3})
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1'])

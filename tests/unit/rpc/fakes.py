@@ -252,6 +252,12 @@ class FakeSnapshots(Scripted):
         await self.get(snapshot_id)
         del self.there[snapshot_id]
 
+    async def flattening(self, snapshot_id: str) -> AsyncIterator[model.Flattening]:
+        layered = replace(await self.get(snapshot_id), layout=model.Layout.LAYERED)
+        yield model.Flattening(layered, 0, 0)
+        yield model.Flattening(layered, 5, 10)
+        yield model.Flattening(replace(layered, layout=model.Layout.FLAT), 10, 10)
+
 
 class FakeWriter:
     """Takes bytes while its guest reads; `deaf` guests don't."""

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from forkpoint.v1 import sandbox_pb2
+from forkpoint.v1 import sandbox_pb2, snapshot_pb2
 from forkpoint.v1 import sandbox_service_pb2 as pb
 from forkpoint.v1 import server_service_pb2 as ipb
 from forkpoint.v1 import snapshot_service_pb2 as spb
@@ -295,6 +295,18 @@ async def test_snapshots(edge: Edge) -> None:
             grpc.StatusCode.NOT_FOUND,
             Reason.SNAPSHOT_NOT_FOUND,
         )
+
+
+async def test_a_flatten_is_followed_to_its_end(edge: Edge) -> None:
+    edge.rooms.snapshots.there["s"] = samples.snapshot("s")
+    request = spb.FlattenSnapshotRequest(snapshot_id="s")
+    seen = [each async for each in edge.snapshots.FlattenSnapshot(request)]
+    assert [(each.done_bytes, each.total_bytes) for each in seen] == [(0, 0), (5, 10), (10, 10)]
+    layouts = [snapshot_pb2.Layout.Name(each.snapshot.layout) for each in seen]
+    assert layouts == ["LAYOUT_LAYERED", "LAYOUT_LAYERED", "LAYOUT_FLAT"]
+    missing = spb.FlattenSnapshotRequest(snapshot_id="no-such")
+    code, problem = await refused(edge.snapshots.FlattenSnapshot(missing))
+    assert (code, problem.reason) == (grpc.StatusCode.NOT_FOUND, Reason.SNAPSHOT_NOT_FOUND)
 
 
 async def test_the_server_tells_its_facts(edge: Edge) -> None:

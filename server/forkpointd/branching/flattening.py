@@ -1,0 +1,135 @@
+"""Layers made whole: a child maps one file with all of the memory, so what is LAYERED is flattened
+before anything starts from it. Those who come at once for the same snapshot share one flatten."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from forkpointd.branching.admission import Admission
+from forkpointd.branching.imaging import PROGRESS_SECONDS, CopyWorkers, Meter, make_image
+from forkpointd.branching.quiet import Pace
+from forkpointd.images import (
+    Chain,
+    ImageError,
+    SnapshotStore,
+    StoredSnapshot,
+    data_bytes_of,
+)
+from forkpointd.model import ForkpointError, Reason, Snapshot
+from forkpointd.registry import Registry
+from forkpointd.sandboxes.snapshots import Snapshots, image_damaged
+from forkpointd.sandboxes.tasks import Tasks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A flatten at work, or ended."""
+
+    task: asyncio.Task[StoredSnapshot]
+    meter: Meter
+
+
+class Flattener:
+    """Flattens snapshots, each at most once at a time."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        snapshots: Snapshots,
+        store: SnapshotStore,
+        admission: Admission,
+        copies: CopyWorkers,
+    ) -> None:
+        self._registry = registry
+        self._snapshots = snapshots
+        self._store = store
+        self._admission = admission
+        self._copies = copies
+        self._at_work: dict[str, _Job] = {}
+        self.tasks = Tasks("flattening")
+
+    async def flatten(self, snapshot_id: str) -> StoredSnapshot:
+        """The snapshot, FLAT from now on. A caller that is cancelled ends nothing.
+
+        Raises IMAGE_DAMAGED, NO_DISK_SPACE, WRITE_FAILED.
+        """
+        return await asyncio.shield(self._job(snapshot_id).task)
+
+    async def watch(self, snapshot_id: str) -> AsyncIterator[tuple[int, int]]:
+        """The same: bytes done and in all, as they change, at least once."""
+        job = self._job(snapshot_id)
+        told = None
+        while True:
+            ended = job.task.done()
+            if (state := (job.meter.done_bytes, job.meter.total_bytes)) != told:
+                yield state
+                told = state
+            if ended:
+                break
+            await asyncio.wait({job.task}, timeout=PROGRESS_SECONDS)
+        job.task.result()
+
+    def _job(self, snapshot_id: str) -> _Job:
+        job = self._at_work.get(snapshot_id)
+        if job is None:
+            meter = Meter()
+            work = self.tasks.start(self._flatten(snapshot_id, meter), f"flatten {snapshot_id}")
+            job = self._at_work[snapshot_id] = _Job(work, meter)
+            work.add_done_callback(lambda _: self._at_work.pop(snapshot_id))
+        return job
+
+    async def recover(self) -> None:
+        """Ends what a former server had almost done: FLAT on the disk, LAYERED in its row."""
+        for snapshot_id in await asyncio.to_thread(self._store.flattened_layers):
+            await self._became_flat(await asyncio.to_thread(self._store.open, snapshot_id))
+        await self._snapshots.collect()
+
+    async def _flatten(self, snapshot_id: str, meter: Meter) -> StoredSnapshot:
+        snapshot = await self._registry.get_snapshot(snapshot_id, include_deleted=True)
+        assert snapshot is not None, "somebody holds it"
+        try:
+            with self._admission.reserve_bytes(
+                snapshot.machine.memory_bytes, f"the image of layered snapshot {snapshot_id}"
+            ) as meter.reservation:
+                async with self._copies.slot(), self._snapshots.reading(snapshot_id) as chain:
+                    stored = await self._copies.run(self._work(snapshot, chain, meter))
+                    await self._became_flat(stored)
+        except ImageError as error:
+            raise image_damaged(snapshot_id, error) from error
+        except OSError as error:
+            raise ForkpointError(
+                Reason.WRITE_FAILED,
+                f"snapshot {snapshot_id} is kept in layers, and its image could not be written: "
+                f"{error}. Make room and try again: nothing is lost",
+                metadata={"snapshot_id": snapshot_id},
+            ) from error
+        await self._snapshots.collect()
+        if chain.depth:  # else somebody else had just done it
+            log.info("snapshot %s is flat: it had %d layers", snapshot_id, chain.depth)
+        return stored
+
+    def _work(
+        self, snapshot: Snapshot, chain: Chain, meter: Meter
+    ) -> Callable[[Pace], StoredSnapshot]:
+        def work(pace: Pace) -> StoredSnapshot:
+            memory_bytes = snapshot.machine.memory_bytes
+            return self._store.flatten(
+                snapshot.snapshot_id,
+                lambda path: make_image(chain, (), memory_bytes, path, meter, pace),
+            )
+
+        return work
+
+    async def _became_flat(self, stored: StoredSnapshot) -> None:
+        disk_bytes = await asyncio.to_thread(data_bytes_of, stored.folder)
+        await self._snapshots.became_flat(stored.manifest.snapshot_id, disk_bytes)
+
+    async def close(self) -> None:
+        """Stops all work; a later start begins it anew."""
+        await self.tasks.cancel()

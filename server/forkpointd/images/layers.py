@@ -1,0 +1,142 @@
+"""Layers: a snapshot that is kept as the diff of its window over its parent.
+
+A chain is an image and the diffs that stand on it. What the last one's memory is, page by page, is
+said by the newest diff that has the page, else by the image; so a page is copied once, however many
+layers hold it. What a layer holds is said by the extents in its manifest, never by the holes of its
+file: a copy, an archive or another file system may fill them or dig new ones.
+
+Synchronous: run it in threads.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from forkpointd.images.copying import CopyResult, make_empty_image, merge_diff, reflink_image
+from forkpointd.images.errors import ImageError
+from forkpointd.images.extents import Extent, Extents, find_extents_of, total_bytes
+from forkpointd.images.moving import Gate, Progress, ShouldStop
+from forkpointd.images.syscalls import PAGE_BYTES
+from forkpointd.model import CopyMethod
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A memory file that holds some of the pages."""
+
+    memory_path: Path
+    extents: Extents
+    """Which. The rest of the file says nothing."""
+
+
+def shown(layers: Sequence[Extents], memory_bytes: int) -> list[Extents]:
+    """Of each of these layers, oldest first, what no newer one covers: together each page at most
+    once. Takes four bytes of memory a page, and time by pages and extents, not by layers.
+
+    Raises ImageError for extents that are not of whole pages, or beyond the memory's end.
+    """
+    if len(layers) == 1:
+        for offset, length in layers[0].pairs():
+            _pages(offset, length, memory_bytes)
+        return [layers[0]]
+    nobody = len(layers)
+    owners = array("I", [nobody]) * (memory_bytes // PAGE_BYTES)
+    for number, extents in enumerate(layers):
+        for offset, length in extents.pairs():
+            first, end = _pages(offset, length, memory_bytes)
+            owners[first:end] = array("I", [number]) * (end - first)
+    found = [Extents(array("Q"), array("Q")) for _ in layers]
+    position = 0
+    for owner, run in groupby(owners):
+        length = sum(1 for _ in run) * PAGE_BYTES
+        if owner != nobody:
+            found[owner].offsets.append(position)
+            found[owner].lengths.append(length)
+        position += length
+    return found
+
+
+def union(layers: Sequence[Extents], memory_bytes: int) -> Extents:
+    """What any of these layers holds. Raises ImageError as `shown` does."""
+    held = bytearray(memory_bytes // PAGE_BYTES)
+    for extents in layers:
+        for offset, length in extents.pairs():
+            first, end = _pages(offset, length, memory_bytes)
+            held[first:end] = b"\1" * (end - first)
+    offsets, lengths = array("Q"), array("Q")
+    for run in re.finditer(b"\1+", held):
+        offsets.append(run.start() * PAGE_BYTES)
+        lengths.append((run.end() - run.start()) * PAGE_BYTES)
+    return Extents(offsets, lengths)
+
+
+def copy_chain(
+    image_path: Path | None,
+    layers: Sequence[Layer],
+    target_path: Path,
+    memory_bytes: int,
+    *,
+    progress: Progress,
+    should_stop: ShouldStop,
+    gate: Gate,
+    drop_behind: bool = False,
+    on_total: Progress = lambda _: None,
+) -> CopyResult:
+    """Makes `target_path`, which must not exist, what the image (None: zeros) is under its layers,
+    oldest first.
+
+    The image is reflinked where the file system can; else of it, as of each layer, only that is
+    moved which no newer one covers. `on_total` is told once how many bytes will be moved. Nothing
+    is synced. Raises Stopped, ImageError, FileExistsError, OSError with the path; then there is no
+    `target_path`, unless it was there before.
+    """
+    reflinked = None if image_path is None else reflink_image(image_path, target_path, memory_bytes)
+    if reflinked is None:
+        make_empty_image(target_path, memory_bytes)
+        if image_path is not None:
+            data = find_extents_of(image_path, memory_bytes)
+            layers = [Layer(image_path, _whole_pages(data, memory_bytes)), *layers]
+    try:
+        parts = shown([layer.extents for layer in layers], memory_bytes)
+        total = sum(map(total_bytes, parts))
+        on_total(total)
+        for layer, extents in zip(layers, parts, strict=True):
+            merge_diff(
+                layer.memory_path,
+                extents,
+                target_path,
+                progress=progress,
+                should_stop=should_stop,
+                gate=gate,
+                drop_behind=drop_behind,
+            )
+    except BaseException:
+        target_path.unlink(missing_ok=True)
+        raise
+    return reflinked or CopyResult(CopyMethod.COPY, total, memory_bytes - total, memory_bytes)
+
+
+def _pages(offset_bytes: int, length_bytes: int, memory_bytes: int) -> tuple[int, int]:
+    """First page and the one behind the last."""
+    end_bytes = offset_bytes + length_bytes
+    if offset_bytes % PAGE_BYTES or length_bytes % PAGE_BYTES or end_bytes > memory_bytes:
+        raise ImageError(
+            f"{length_bytes} bytes at {offset_bytes} are no pages of a memory of {memory_bytes}"
+        )
+    return offset_bytes // PAGE_BYTES, end_bytes // PAGE_BYTES
+
+
+def _whole_pages(extents: Extents, memory_bytes: int) -> Extents:
+    """The data of an image, whose holes are zeros, widened to pages: some file systems have
+    smaller blocks."""
+    wide = []
+    for offset, length in extents.pairs():
+        start = offset // PAGE_BYTES * PAGE_BYTES
+        end = min(memory_bytes, -(-(offset + length) // PAGE_BYTES) * PAGE_BYTES)
+        wide.append(Extent(start, end - start))
+    return union([Extents.of(wide)], memory_bytes)

@@ -41,7 +41,10 @@ def _is_map(field: Any) -> bool:
 
 
 FULL: dict[Callable[[Any], Message], tuple[Any, set[str]]] = {
-    convert.sandbox: (samples.sandbox(), {"dirty_base.invalid_reason"}),
+    convert.sandbox: (
+        samples.sandbox(),
+        {"dirty_base.invalid_reason", "memory"},  # GetSandbox adds what is of now
+    ),
     convert.snapshot: (samples.snapshot(), set()),
     convert.branch: (
         samples.branch_view(),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 import forkpoint
+from forkpoint import durations
 from forkpoint.cli import output
 from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
 from forkpoint.cli.deletions import Deletions, delete_each, say_deleted
 from forkpoint.cli.progress import CopyDisplay
+from forkpoint.cli.pruning import prunable
 from forkpoint.views import SnapshotView
 
 app = typer.Typer(
@@ -159,6 +162,59 @@ def rm(
             return await delete_each(fp.snapshots.delete, snapshot_ids, force=force)
 
     say_deleted(run(work, json=json), json=json)
+
+
+@app.command()
+def prune(
+    keep_last: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Keep the newest N of each source.")
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="SPAN", help="Delete only what is older, such as 7d.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="SANDBOX", help="Only those branched from this sandbox.")
+    ] = None,
+    label: Labels = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")
+    ] = False,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Delete old snapshots. Nothing that was made from them breaks.
+
+    With both rules a snapshot goes only if both let it go.
+
+    Example: `forkpoint snapshot prune --keep-last 3 --older-than 7d --dry-run`
+    """
+
+    async def work() -> tuple[list[forkpoint.Snapshot], Deletions]:
+        age = None if older_than is None else durations.parse(older_than)
+        prunable([], keep_last=keep_last, older_than=age, now=datetime.now(UTC))
+        async with forkpoint.connect(address) as fp:
+            every = fp.snapshots.list(labels=pairs(label), source=source, page_size=1000)
+            going = prunable(
+                await collect(every), keep_last=keep_last, older_than=age, now=datetime.now(UTC)
+            )
+            if dry_run:
+                return going, Deletions()
+            ids = [each.id for each in going]
+            return going, await delete_each(fp.snapshots.delete, ids, force=True)
+
+    going, deletions = run(work, json=json)
+    if not dry_run:
+        say_deleted(deletions, json=json)
+        if not going and not json:
+            output.say("nothing to delete")
+    elif json:
+        output.print_json({"would_delete": [each.id for each in going]})
+    else:
+        for each in going:
+            held = f"{output.size(each.disk_bytes)}, {output.age(each.create_time)} old"
+            output.out.print(f"would delete {each.id} ({held})")
+        held = output.size(sum(each.disk_bytes for each in going))
+        output.say(f"{len(going)} snapshots, {held}; what something stands on keeps its room")
 
 
 def show(found: SnapshotView, *, json: bool) -> None:

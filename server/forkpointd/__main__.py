@@ -1,14 +1,15 @@
-"""`forkpointd`: serve, doctor, version.
+"""`forkpointd`: serve, doctor, fsck, version.
 
-Exit codes (sysexits.h but for 2): 0 fine; 2 wrong usage; 69 no VMM, or the server's libraries are
-not installed; 73 the data folder or socket can't be
-made; 75 another server works on the data folder; 78 a wrong setting; 70 anything else.
+Exit codes (sysexits.h but for 1 and 2): 0 fine; 1 doctor or fsck found something; 2 wrong usage; 69
+no VMM, or the server's libraries are not installed; 73 the data folder or socket can't be made; 75
+another server works on the data folder; 78 a wrong setting; 70 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -56,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(EX_CONFIG, f"the settings file is no TOML: {error}")
     except (UnknownVariableError, OSError) as error:
         return _fail(EX_CONFIG, str(error))
-    return _doctor(settings, options.json) if options.command == "doctor" else _serve(settings)
+    if options.command == "doctor":
+        return _doctor(settings, options.json)
+    if options.command == "fsck":
+        return _fsck(settings, options.repair, options.json)
+    return _serve(settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,8 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve until SIGTERM; sandboxes outlive the server")
     doctor = commands.add_parser("doctor", help="tell what this host can do, and what to mend")
+    fsck = commands.add_parser(
+        "fsck", help="look whether the disk holds what the registry says; the server must not run"
+    )
     commands.add_parser("version", help="print the version")
-    for command in (serve, doctor):
+    for command in (serve, doctor, fsck):
         command.add_argument("--config", type=Path, help="settings as TOML (FORKPOINT_CONFIG)")
         command.add_argument("--data-dir", type=Path, help="registry, sandboxes, snapshots")
         command.add_argument("--staging-dir", type=Path, help="a tmpfs for pause windows")
@@ -91,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder in which kernels, initrds and drives may lie; may be repeated",
     )
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    fsck.add_argument(
+        "--repair", action="store_true", help="mend what can be mended without losing anything"
+    )
+    for command in (doctor, fsck):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -99,7 +111,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     from forkpointd.config import Settings
 
     given = vars(options).copy()
-    for name in ("command", "json"):
+    for name in ("command", "json", "repair"):
         given.pop(name, None)
     config = given.pop("config")
     if config is None and "FORKPOINT_CONFIG" in os.environ:
@@ -168,6 +180,31 @@ def _doctor(settings: Settings, as_json: bool) -> int:
             if check.remedy:
                 print(f"{'':18}-> {check.remedy}")
     return 1 if any(check.outcome is CheckOutcome.FAILED for check in checks) else 0
+
+
+def _fsck(settings: Settings, repair: bool, as_json: bool) -> int:
+    from forkpointd.fsck import check_data_folder, describe
+    from forkpointd.registry import RegistryError
+    from forkpointd.sandboxes.datadir import DataDirError, DataDirLocked, open_data_dir
+
+    registry = settings.data_dir / "forkpoint.db"
+    if not registry.is_file():
+        return _fail(EX_CANTCREAT, f"there is no registry {registry}: no server has worked there")
+    try:
+        data = open_data_dir(settings.data_dir, settings.staging_dir)
+        try:
+            report = asyncio.run(check_data_folder(data, repair=repair))
+        finally:
+            data.close()
+    except DataDirLocked as error:
+        return _fail(EX_TEMPFAIL, str(error))
+    except (DataDirError, RegistryError, OSError) as error:
+        return _fail(EX_CANTCREAT, str(error))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        print("\n".join(describe(report)))
+    return 1 if report.left else 0
 
 
 def say(line: str) -> None:

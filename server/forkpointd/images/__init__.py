@@ -60,7 +60,14 @@ from forkpointd.images.staging import (
     allocated_bytes,
     probe_staging,
 )
-from forkpointd.images.store import Chain, Draft, SnapshotStore, StoredSnapshot, data_bytes_of
+from forkpointd.images.store import (
+    Chain,
+    Draft,
+    SnapshotStore,
+    StoredSnapshot,
+    check_parent,
+    data_bytes_of,
+)
 from forkpointd.images.zeros import copy_full, punch_zeros
 
 __all__ = [
@@ -96,6 +103,7 @@ __all__ = [
     "can_read",
     "can_reflink",
     "check_fits",
+    "check_parent",
     "choose_staging",
     "copy_chain",
     "copy_full",

@@ -239,7 +239,7 @@ class SnapshotStore:
                 raise ImageError(
                     f"snapshot {stored.manifest.snapshot_id} stands on {parent_id}: {error}"
                 ) from error
-            _check_parent(parent.manifest, stored.manifest, layer)
+            check_parent(parent.manifest, stored.manifest, layer)
             stored = parent
         return Chain(stored, tuple(reversed(layers)))
 
@@ -343,6 +343,10 @@ class SnapshotStore:
             or (ID_PATTERN.fullmatch(name) and name not in known_ids)
         )
 
+    def remove_leftover(self, path: Path) -> None:
+        """Removes one of the leftovers. Raises OSError."""
+        self._remove_all([path.name])
+
     def sweep(self, known_ids: Collection[str]) -> int:
         """Removes the leftovers; returns how many. Raises OSError."""
         return self._remove_all(path.name for path in self.leftovers(known_ids))
@@ -352,6 +356,21 @@ class SnapshotStore:
     def used_bytes(self, snapshot_id: str) -> int:
         """Room that a snapshot takes up; blocks shared by reflink count for each owner."""
         return data_bytes_of(self._folder_of(snapshot_id))
+
+    def folder_count(self) -> int:
+        """How many names there are in ROOT."""
+        return len(os.listdir(self.root))
+
+    def draft_name(self, branch_id: str) -> str:
+        """The name of a branch's draft in ROOT."""
+        return self._draft_of(branch_id).folder.name
+
+    def odd_files(self, stored: StoredSnapshot) -> tuple[Path, ...]:
+        """What lies in a snapshot's folder and is no part of it: a flatten that was broken off
+        leaves such files. Raises OSError."""
+        own = {MANIFEST_NAME, VMSTATE_NAME, stored.memory_path.name}
+        names = sorted(name for name in os.listdir(stored.folder) if name not in own)
+        return tuple(stored.folder / name for name in names)
 
     # --- inside ---
 
@@ -412,7 +431,8 @@ class SnapshotStore:
         self._fs.fsync_folder(self.root)
 
 
-def _check_parent(parent: Manifest, child: Manifest, layer: LayerWitness) -> None:
+def check_parent(parent: Manifest, child: Manifest, layer: LayerWitness) -> None:
+    """Whether a layer was taken over this parent. Raises ImageError."""
     if parent.branch_id != layer.parent_branch_id:
         raise ImageError(
             f"snapshot {child.snapshot_id} stands on {parent.snapshot_id} of branch "

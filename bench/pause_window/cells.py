@@ -140,9 +140,15 @@ def _slots(
     return tuple(slots)
 
 
+ROUNDS = {4096: 1010, 8192: 840}
+"""Of idle windows: a percentile needs a thousand, and the largest source, whose windows vary most,
+decides how well the slope over all sizes is known."""
+
+
 def _memory() -> Iterator[Job]:
     for size in SIZES_MIB:
-        rounds, every = (1010, 250) if size == 4096 else (210, 70)
+        rounds = ROUNDS.get(size, 210)
+        every = rounds // 4 if size in ROUNDS else 70
         yield Job(
             Cell("1a", size),
             _slots(FLOOR, CONTROL, FORKPOINT, sequential_every=every),

@@ -211,7 +211,7 @@ def unknown_key(path: Path) -> None:
 
 def newer_format(path: Path) -> None:
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"format": 2}))
+    path.write_text(json.dumps(content | {"format": content["format"] + 1}))
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {

@@ -52,6 +52,8 @@ STEPS = {
     "precopy": "forkpointd.branching.life:make_image",
     "window": "forkpointd.vmm.window:Window.run",
     "merge": "forkpointd.branching.life:merge_staged_diff",
+    "layer": "forkpointd.branching.life:place_layer",
+    "flatten": "forkpointd.images.store:SnapshotStore.flatten",
     "keep": "forkpointd.branching.unmerged:make_image",
     "finalise": "forkpointd.images.store:SnapshotStore.finalise",
 }

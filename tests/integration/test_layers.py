@@ -15,7 +15,7 @@ import pytest
 from forkpoint.v1 import branch_pb2, sandbox_pb2, snapshot_pb2, snapshot_service_pb2
 from forkpointd.model import MIB
 from forkpointd.vmm import Binary
-from tests.integration.refusals import until
+from tests.integration.refusals import HeldHouse, until
 from tests.integration.serving import DIFF, FULL, Guest, House, reason, stage_error
 from tests.integration.test_branching import pause, resume, same_pages, stage_names
 
@@ -26,12 +26,13 @@ FLAT = snapshot_pb2.LAYOUT_FLAT
 
 
 @pytest.fixture
-async def house(binary: Binary, witness_kernel: Path, tmp_path: Path) -> AsyncIterator[House]:
-    made = House(tmp_path, binary, witness_kernel)
+async def house(binary: Binary, witness_kernel: Path, tmp_path: Path) -> AsyncIterator[HeldHouse]:
+    made = HeldHouse(tmp_path, binary, witness_kernel)
     try:
         await made.start()
         yield made
     finally:
+        made.release_all()
         await made.close()
 
 
@@ -212,3 +213,87 @@ async def test_a_layer_whose_parent_is_gone_is_damaged(
     assert (full.mode, full.layout) == (FULL, FLAT), "AUTO: nothing less helps"
     child = await house.child("full")
     assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
+
+
+async def test_a_layer_keeps_its_parent_until_it_is_ready(house: HeldHouse) -> None:
+    source = await written_source(house)
+    generation = await source.dirty(REGION_MIB)
+    async with house.held("layer") as hold:
+        branching = asyncio.create_task(house.ready("src", layout=LAYERED, snapshot_id="layer"))
+        await hold.reached()
+        await house.delete_snapshot("root")
+        deleting = asyncio.create_task(house.delete("src"))
+        await deleted_state(house, "src")
+        await house.ready((await house.boot("other", MEMORY_MIB)).id)  # and collects
+        assert "root" in os.listdir(house.data_dir / "snapshots")
+        assert not deleting.done()
+    await branching
+    await deleting
+    child = await house.child("layer")
+    assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)
+
+
+async def test_a_restart_in_the_middle_of_a_layer_keeps_its_parent(house: HeldHouse) -> None:
+    source = await written_source(house)
+    generation = await source.dirty(REGION_MIB)
+    async with house.held("layer") as hold:
+        branching = asyncio.create_task(house.branch("src", layout=LAYERED, snapshot_id="layer"))
+        await hold.reached()
+        await house.delete_snapshot("root")
+        await house.kill()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await branching
+    await house.start()
+
+    async def ready() -> bool:
+        listed = await house.snapshots.ListSnapshots(snapshot_service_pb2.ListSnapshotsRequest())
+        return [each.snapshot_id for each in listed.snapshots] == ["layer"]
+
+    await until(ready)
+    child = await house.child("layer")
+    assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)
+
+
+async def test_what_is_flattened_may_be_deleted_meanwhile(house: HeldHouse) -> None:
+    source = await written_source(house)
+    await layers(house, source, 2)
+    request = snapshot_service_pb2.FlattenSnapshotRequest(snapshot_id="layer-1")
+    async with house.held("flatten") as hold:
+        flattening = house.snapshots.FlattenSnapshot(request)
+        await flattening.read()
+        await hold.reached()
+        await house.delete_snapshot("layer-1")
+        await house.delete("src")
+        assert "layer-1" in os.listdir(house.data_dir / "snapshots")
+    with pytest.raises(grpc.aio.AioRpcError) as gone:
+        while await flattening.read() is not grpc.aio.EOF:
+            pass
+    assert reason(gone.value) == "SNAPSHOT_NOT_FOUND"
+    await folders_are(house, ["layer-0", "root"])
+    fork = await house.fork("layer-0")
+    assert fork.ready_count == 1
+
+
+async def deleted_state(house: House, sandbox_id: str) -> None:
+    """Waits until a sandbox is being deleted."""
+
+    async def so() -> bool:
+        return (await house.get(sandbox_id)).state == sandbox_pb2.SANDBOX_STATE_DELETING
+
+    await until(so)
+
+
+async def test_a_damaged_snapshot_does_not_keep_the_server_from_starting(house: HeldHouse) -> None:
+    source = await written_source(house)
+    await layers(house, source, 3)
+    await house.child("layer-2")
+    snapshots = house.data_dir / "snapshots"
+    (snapshots / "layer-0" / "manifest.json").unlink()
+    (snapshots / "layer-2" / "layer").write_bytes(b"of a flatten that was broken off")
+    (snapshots / "layer-2" / "vmstate").unlink()
+    await house.restart()
+    failed = await house.fork("layer-1")
+    assert failed.ready_count == 0
+    await source.dirty(1)
+    assert (await house.branch("src", layout=LAYERED)).stage == branch_pb2.BRANCH_STAGE_FAILED
+    await house.ready("src", mode=FULL)

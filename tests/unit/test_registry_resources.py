@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forkpointd.model import (
+    BranchStage,
     DirtyBase,
     ForkChildState,
     ForkpointError,
@@ -26,7 +27,7 @@ from forkpointd.model import (
     WishedState,
 )
 from forkpointd.registry import Registry, branches, requests, sandboxes, snapshots
-from tests.unit.registry_making import at, fork, sandbox, snapshot
+from tests.unit.registry_making import at, branch, fork, sandbox, snapshot
 
 
 @pytest.fixture
@@ -216,6 +217,24 @@ async def test_a_deleted_snapshot_stays_while_a_layer_stands_on_it(registry: Reg
     assert await registry.snapshots_nobody_needs() == ["snap-0"]
     await registry.mark_snapshot_deleted("snap-3")
     assert await registry.snapshots_nobody_needs() == ["snap-0", "snap-3"]
+
+
+async def test_a_deleted_snapshot_stays_while_a_branch_makes_a_layer_over_it(
+    registry: Registry,
+) -> None:
+    await registry.insert_snapshot(snapshot("snap-1"))
+    merging = branch(
+        "br-1", stage=BranchStage.MERGING, layout=Layout.LAYERED, base_snapshot_id="snap-1"
+    )
+    await registry.insert_branch(merging)
+    await registry.mark_snapshot_deleted("snap-1")
+    assert await registry.snapshots_nobody_needs() == []
+    await registry.put_branch(replace(merging, layout=Layout.FLAT, sequence=2))
+    assert await registry.snapshots_nobody_needs() == ["snap-1"], "what is copied needs it no more"
+    await registry.put_branch(replace(merging, sequence=3))
+    ended = replace(merging, sequence=4, stage=BranchStage.FAILED, end_time=at(1))
+    await registry.put_branch(ended)
+    assert await registry.snapshots_nobody_needs() == ["snap-1"]
 
 
 async def test_the_chain_of_a_snapshot_ends_at_what_is_flat(registry: Registry) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from forkpointd.branching.admission import Admission
 from forkpointd.branching.imaging import PROGRESS_SECONDS, CopyWorkers, Meter, make_image
@@ -16,11 +17,11 @@ from forkpointd.images import (
     ImageError,
     SnapshotStore,
     StoredSnapshot,
-    data_bytes_of,
+    allocated_bytes,
 )
 from forkpointd.model import ForkpointError, Reason, Snapshot
 from forkpointd.registry import Registry
-from forkpointd.sandboxes.snapshots import Snapshots, image_damaged
+from forkpointd.sandboxes.snapshots import Snapshots, image_damaged, snapshot_not_found
 from forkpointd.sandboxes.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,9 @@ class Flattener:
         job = self._at_work.get(snapshot_id)
         if job is None:
             meter = Meter()
-            work = self.tasks.start(self._flatten(snapshot_id, meter), f"flatten {snapshot_id}")
+            work = self.tasks.start_unwatched(
+                self._flatten(snapshot_id, meter), f"flatten {snapshot_id}"
+            )
             job = self._at_work[snapshot_id] = _Job(work, meter)
             work.add_done_callback(lambda _: self._at_work.pop(snapshot_id))
         return job
@@ -87,19 +90,39 @@ class Flattener:
     async def recover(self) -> None:
         """Ends what a former server had almost done: FLAT on the disk, LAYERED in its row."""
         for snapshot_id in await asyncio.to_thread(self._store.flattened_layers):
-            await self._became_flat(await asyncio.to_thread(self._store.open, snapshot_id))
+            try:
+                await self._became_flat(
+                    await asyncio.to_thread(self._store.flatten, snapshot_id, _is_flat_already)
+                )
+            except (ImageError, OSError) as error:  # whoever uses it is told
+                log.error("the flatten of snapshot %s is not ended: %s", snapshot_id, error)
         await self._snapshots.collect()
 
     async def _flatten(self, snapshot_id: str, meter: Meter) -> StoredSnapshot:
+        with self._snapshots.hold(snapshot_id):
+            stored, depth = await self._flatten_held(snapshot_id, meter)
+        await self._snapshots.collect()
+        if depth:  # else somebody else had just done it
+            log.info("snapshot %s is flat: it had %d layers", snapshot_id, depth)
+        return stored
+
+    async def _flatten_held(self, snapshot_id: str, meter: Meter) -> tuple[StoredSnapshot, int]:
+        """The snapshot, FLAT, and how many layers it had."""
         snapshot = await self._registry.get_snapshot(snapshot_id, include_deleted=True)
-        assert snapshot is not None, "somebody holds it"
+        if snapshot is None:
+            raise snapshot_not_found(snapshot_id)
         try:
-            with self._admission.reserve_bytes(
-                snapshot.machine.memory_bytes, f"the image of layered snapshot {snapshot_id}"
+            stored = await asyncio.to_thread(self._store.open, snapshot_id)
+            if stored.manifest.layer is None:
+                return stored, 0
+            what = f"the image of layered snapshot {snapshot_id}"
+            with await asyncio.to_thread(
+                self._admission.reserve_bytes, snapshot.machine.memory_bytes, what
             ) as meter.reservation:
                 async with self._copies.slot(), self._snapshots.reading(snapshot_id) as chain:
                     stored = await self._copies.run(self._work(snapshot, chain, meter))
                     await self._became_flat(stored)
+                    return stored, chain.depth
         except ImageError as error:
             raise image_damaged(snapshot_id, error) from error
         except OSError as error:
@@ -109,10 +132,6 @@ class Flattener:
                 f"{error}. Make room and try again: nothing is lost",
                 metadata={"snapshot_id": snapshot_id},
             ) from error
-        await self._snapshots.collect()
-        if chain.depth:  # else somebody else had just done it
-            log.info("snapshot %s is flat: it had %d layers", snapshot_id, chain.depth)
-        return stored
 
     def _work(
         self, snapshot: Snapshot, chain: Chain, meter: Meter
@@ -127,9 +146,14 @@ class Flattener:
         return work
 
     async def _became_flat(self, stored: StoredSnapshot) -> None:
-        disk_bytes = await asyncio.to_thread(data_bytes_of, stored.folder)
+        paths = (stored.memory_path, stored.vmstate_path)
+        disk_bytes = await asyncio.to_thread(lambda: sum(map(allocated_bytes, paths)))
         await self._snapshots.became_flat(stored.manifest.snapshot_id, disk_bytes)
 
     async def close(self) -> None:
         """Stops all work; a later start begins it anew."""
         await self.tasks.cancel()
+
+
+def _is_flat_already(path: Path) -> None:
+    raise AssertionError(f"{path} is there already")

@@ -289,6 +289,8 @@ class Branches:
                     )
                 )
                 await life.past_queue.wait()
+            elif life.branch.sandbox_id == sandbox_id and life.branch.layout is Layout.LAYERED:
+                await life.past_queue.wait()  # what it puts together goes with the source
 
     async def branch_and_wait(self, sandbox_id: str) -> bool:
         """Branches a sandbox (mode AUTO) and waits; whether the snapshot is READY."""

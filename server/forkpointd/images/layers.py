@@ -98,10 +98,10 @@ def copy_chain(
     reflinked = None if image_path is None else reflink_image(image_path, target_path, memory_bytes)
     if reflinked is None:
         make_empty_image(target_path, memory_bytes)
-        if image_path is not None:
+    try:
+        if reflinked is None and image_path is not None:
             data = find_extents_of(image_path, memory_bytes)
             layers = [Layer(image_path, _whole_pages(data, memory_bytes)), *layers]
-    try:
         parts = shown([layer.extents for layer in layers], memory_bytes)
         total = sum(map(total_bytes, parts))
         on_total(total)

@@ -22,7 +22,7 @@ import dataclasses
 import os
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,14 +243,22 @@ class SnapshotStore:
             stored = parent
         return Chain(stored, tuple(reversed(layers)))
 
-    def check_there(self, snapshot_ids: Iterable[str]) -> None:
-        """Whether the files of these are there at all: what `chain` finds out, for a thousand of
-        them in milliseconds. Raises ImageError for the first that lacks one, OSError."""
+    def check_there(self, snapshot_ids: Sequence[str]) -> None:
+        """Whether the files of a chain, the newest first, are there: the newest is opened, of the
+        others it is looked for a manifest and a memory of its size, for a thousand of them in
+        milliseconds. `chain` looks at all that is in them. Raises ImageError for the first that
+        lacks one, OSError."""
+        memory_bytes = 0
         for snapshot_id in snapshot_ids:
             folder = self._folder_of(snapshot_id)
-            for names in ((MANIFEST_NAME,), (MEMORY_NAME, LAYER_NAME)):
-                if not any(os.path.lexists(folder / name) for name in names):
-                    raise ImageError(f"{folder / names[-1]} is not there")
+            if not memory_bytes:
+                memory_bytes = self.open(snapshot_id).manifest.memory_bytes
+            elif _size_if_there(folder / MANIFEST_NAME) is None:
+                raise ImageError(f"{folder / MANIFEST_NAME} is not there")
+            elif not any(
+                _size_if_there(folder / name) == memory_bytes for name in (MEMORY_NAME, LAYER_NAME)
+            ):
+                raise ImageError(f"{folder} has no memory of {memory_bytes} bytes")
 
     # --- flattening ---
 
@@ -264,32 +272,48 @@ class SnapshotStore:
         """
         stored = self.open(snapshot_id)
         if stored.manifest.layer is None:
+            self._fs.fsync_folder(stored.folder)  # whoever made it so may have been ended before
             return stored
-        self._replace(stored.folder / MEMORY_NAME, make)
+        memory = stored.folder / MEMORY_NAME
+        self._replace(memory, make)
         flat = dataclasses.replace(stored.manifest, layout=Layout.FLAT, layer=None)
         content = flat.to_json().encode()
-        self._replace(stored.folder / MANIFEST_NAME, lambda path: self._fs.write_new(path, content))
+        try:
+            self._replace(
+                stored.folder / MANIFEST_NAME, lambda path: self._fs.write_new(path, content)
+            )
+        except BaseException:
+            # The room of a whole image; but not once the manifest says that it is needed.
+            if self.open(snapshot_id).manifest.layer is not None:
+                memory.unlink(missing_ok=True)
+            raise
         return StoredSnapshot(stored.folder, flat)
 
     def remove_layer(self, snapshot_id: str) -> None:
-        """Removes the pages of a layer that was flattened. Idempotent. Raises OSError."""
+        """Removes the pages of a layer that was flattened, once that is durable. Idempotent; one
+        that is no such snapshot is left alone. Raises OSError."""
         folder = self._folder_of(snapshot_id)
-        if os.path.lexists(folder / LAYER_NAME):
+        if self._is_flattened(folder):
+            self._fs.fsync_folder(folder)
             self._fs.unlink(folder / LAYER_NAME)
             self._fs.fsync_folder(folder)
 
     def flattened_layers(self) -> tuple[str, ...]:
         """Of which FLAT snapshots a crash left the layer. Raises OSError."""
-        found = []
-        for name in self._names():
-            if os.path.lexists(self.root / name / LAYER_NAME) and ID_PATTERN.fullmatch(name):
-                try:
-                    manifest = _read_manifest(self.root / name / MANIFEST_NAME)
-                except ImageError:
-                    continue
-                if manifest.layer is None:
-                    found.append(name)
-        return tuple(found)
+        return tuple(
+            name
+            for name in self._names()
+            if ID_PATTERN.fullmatch(name) and self._is_flattened(self.root / name)
+        )
+
+    def _is_flattened(self, folder: Path) -> bool:
+        """Whether a FLAT snapshot still has the layer that it was. What is damaged is not."""
+        if not os.path.lexists(folder / LAYER_NAME):
+            return False
+        try:
+            return _read_manifest(folder / MANIFEST_NAME).layer is None
+        except (ImageError, OSError):
+            return False
 
     def _replace(self, path: Path, make: Callable[[Path], object]) -> None:
         """Puts a new file in another's place, durably."""
@@ -454,6 +478,13 @@ def _checked(any_id: str) -> str:
     if not ID_PATTERN.fullmatch(any_id):
         raise ImageError(f"{any_id!r} is no id: {ID_PATTERN.pattern}")
     return any_id
+
+
+def _size_if_there(path: Path) -> int | None:
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return None
 
 
 def _size_of(path: Path) -> int:

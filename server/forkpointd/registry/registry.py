@@ -197,8 +197,8 @@ class Registry:
 
     async def snapshots_nobody_needs(self) -> list[str]:
         """Deleted ones that are no sandbox's dirty base (VALID or PENDING), from which no
-        unfinished fork starts children, and on which no layer stands. Found from the rows each
-        time, never counted along."""
+        unfinished fork starts children, and on which no layer stands, or will when its branch is
+        finished. Found from the rows each time, never counted along."""
         return await self.read(snapshots.nobody_needs)
 
     async def chain_of_snapshot(self, snapshot_id: str) -> list[str]:

@@ -84,7 +84,8 @@ def mark_deleted(connection: Connection, snapshot_id: str) -> None:
 
 def nobody_needs(connection: Connection) -> list[str]:
     """Deleted snapshots whose files may go: no sandbox has one as the base of its next diff, no
-    unfinished fork will start children from it, and no layer stands on it."""
+    unfinished fork will start children from it, and no layer stands on it, or will when its branch
+    is finished."""
     rows = connection.execute(
         "SELECT snapshot_id FROM snapshots WHERE deleted = 1"
         " AND NOT EXISTS (SELECT 1 FROM sandboxes"
@@ -93,6 +94,8 @@ def nobody_needs(connection: Connection) -> list[str]:
         f" WHERE forks.snapshot_id = snapshots.snapshot_id AND {FORK_UNFINISHED})"
         " AND NOT EXISTS (SELECT 1 FROM snapshots AS layers WHERE layers.layout = 'LAYERED'"
         " AND layers.parent_snapshot_id = snapshots.snapshot_id)"
+        " AND NOT EXISTS (SELECT 1 FROM branches WHERE branches.layout = 'LAYERED'"
+        f" AND {BRANCH_UNFINISHED} AND branches.base_snapshot_id = snapshots.snapshot_id)"
         " ORDER BY snapshot_id"
     )
     return [row[0] for row in rows]

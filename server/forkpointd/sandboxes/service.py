@@ -256,10 +256,17 @@ class Sandboxes:
 
     async def _create(self, row: Sandbox, stored: StoredSnapshot | None) -> Sandbox:
         live = self.find(row.sandbox_id)
+        if stored is not None:
+            try:
+                stored = await self.snapshots.flat(stored)
+            except BaseException:
+                await self.discard([live])
+                raise
         async with live.turn:
+            live.require_not_deleting()  # meanwhile
             try:
                 if stored is not None:
-                    vmm = await self.starter.load(row, await self.snapshots.flat(stored))
+                    vmm = await self.starter.load(row, stored)
                 else:
                     assert row.boot is not None
                     vmm = await self.starter.boot(row, row.boot)

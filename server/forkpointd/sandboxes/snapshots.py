@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -126,20 +126,23 @@ class Snapshots:
     async def reading(self, snapshot_id: str) -> AsyncIterator[Chain]:
         """A snapshot with all that it stands on, whose files stay in the block. Raises ImageError,
         OSError."""
-        run, find = asyncio.get_running_loop().run_in_executor, self._store.chain
-        with ExitStack() as held:
-            held.enter_context(self.hold(snapshot_id))
-            chain = await run(self._files, find, snapshot_id)
-            while True:
-                for layer in (chain.image, *chain.layers):
-                    held.enter_context(self.hold(layer.manifest.snapshot_id))
-                found = chain
-                chain = await run(self._files, find, snapshot_id)
-                if chain == found:  # else something of it was flattened meanwhile
-                    break
-            yield chain
+        run = asyncio.get_running_loop().run_in_executor
+        async with self._holding_chain(snapshot_id):
+            yield await run(self._files, self._store.chain, snapshot_id)
         if self._flattened:
             await self.collect()
+
+    @asynccontextmanager
+    async def _holding_chain(self, snapshot_id: str) -> AsyncIterator[Sequence[str]]:
+        """Holds a snapshot and all that the rows say it stands on, the newest first. They are held
+        before any file is looked at: what is flattened meanwhile keeps what it had."""
+        with ExitStack() as held:
+            chain: Sequence[str] | None = None
+            while (found := await self._registry.chain_of_snapshot(snapshot_id)) != chain:
+                for each in found:
+                    held.enter_context(self.hold(each))
+                chain = found
+            yield found
 
     @asynccontextmanager
     async def reading_base(self, base: DirtyBase) -> AsyncIterator[Chain | None]:
@@ -154,14 +157,15 @@ class Snapshots:
         """Whether all that a dirty base stands on is there: a layer over it would be lost else.
         Raises ImageError, OSError."""
         if base.snapshot_id is not None:
-            chain = await self._registry.chain_of_snapshot(base.snapshot_id)
             run = asyncio.get_running_loop().run_in_executor
-            await run(self._files, self._store.check_there, chain)
+            async with self._holding_chain(base.snapshot_id) as chain:
+                await run(self._files, self._store.check_there, chain)
 
     async def became_flat(self, snapshot_id: str, disk_bytes: int) -> None:
         """A layer was flattened on the disk: so is its row now. What it stood on, and its pages,
         go with the next `collect` when nobody reads them."""
-        await self._registry.snapshot_is_flat(snapshot_id, disk_bytes)
+        async with self._edit:
+            await self._registry.snapshot_is_flat(snapshot_id, disk_bytes)
         self._flattened.add(snapshot_id)
 
     async def collect(self) -> int:
@@ -178,6 +182,11 @@ class Snapshots:
         loop = asyncio.get_running_loop()
         removed = 0
         for snapshot_id in await self._registry.snapshots_nobody_needs():
+            # Files that are large take their time: what was so when the list was made may not be.
+            if self._held[snapshot_id]:
+                continue
+            if snapshot_id not in await self._registry.snapshots_nobody_needs():
+                continue
             if self._held[snapshot_id]:
                 continue
             try:
@@ -186,6 +195,7 @@ class Snapshots:
                 log.error("can't remove the files of snapshot %s: %s", snapshot_id, error)
                 continue
             await self._registry.remove_snapshot_row(snapshot_id)
+            self._flattened.discard(snapshot_id)
             removed += 1
         return removed
 

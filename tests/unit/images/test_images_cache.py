@@ -100,7 +100,10 @@ def test_a_copy_that_is_dropped_behind_leaves_what_is_mapped(
 
 def test_looking_for_zeros_leaves_the_cache_too(base: Path) -> None:
     content = base.read_bytes()
-    assert punch_zeros(base, **CALLBACKS, drop_behind=True) == 0
+    for _ in range(5):  # the kernel leaves out pages that are busy: a disk at work has many
+        assert punch_zeros(base, **CALLBACKS, drop_behind=True) == 0
+        if not cached_mib(base):
+            break
     assert cached_mib(base) == 0
     assert base.read_bytes() == content
 

@@ -203,10 +203,10 @@ def prune(
             return going, await delete_each(fp.snapshots.delete, ids, force=True)
 
     going, deletions = run(work, json=json)
-    if not dry_run:
+    if not going and not json:
+        output.say("nothing to delete")
+    elif not dry_run:
         say_deleted(deletions, json=json)
-        if not going and not json:
-            output.say("nothing to delete")
     elif json:
         output.print_json({"would_delete": [each.id for each in going]})
     else:
@@ -214,7 +214,8 @@ def prune(
             held = f"{output.size(each.disk_bytes)}, {output.age(each.create_time)} old"
             output.out.print(f"would delete {each.id} ({held})")
         held = output.size(sum(each.disk_bytes for each in going))
-        output.say(f"{len(going)} snapshots, {held}; what something stands on keeps its room")
+        count = "1 snapshot" if len(going) == 1 else f"{len(going)} snapshots"
+        output.say(f"{count}, {held}; what something stands on keeps its room")
 
 
 def show(found: SnapshotView, *, json: bool) -> None:

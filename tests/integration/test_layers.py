@@ -240,9 +240,11 @@ async def test_a_restart_in_the_middle_of_a_layer_keeps_its_parent(house: HeldHo
         branching = asyncio.create_task(house.branch("src", layout=LAYERED, snapshot_id="layer"))
         await hold.reached()
         await house.delete_snapshot("root")
-        await house.kill()
+        assert house.process is not None
+        house.process.kill()
         with pytest.raises(grpc.aio.AioRpcError):
-            await branching
+            await branching  # before the connection is closed from this side
+        await house.kill()
     await house.start()
 
     async def ready() -> bool:

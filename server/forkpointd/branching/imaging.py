@@ -114,6 +114,19 @@ def make_image(
     image = None if chain is None else chain.image.memory_path
     files = [layer.memory_path for layer in layers] + ([] if image is None else [image])
     cached_twice = 2 * sum(allocated_bytes(path) for path in files)
+    return _compose(image, layers, image_path, memory_bytes, cached_twice, meter, pace)
+
+
+def _compose(
+    image: Path | None,
+    layers: Sequence[Layer],
+    target_path: Path,
+    memory_bytes: int,
+    cached_bytes: int,
+    meter: Meter,
+    pace: Pace,
+) -> CopyResult:
+    """`copy_chain`, metered and paced. `cached_bytes`: what it would leave in the page cache."""
 
     def sized(count: int) -> None:
         meter.total_bytes = count
@@ -121,12 +134,12 @@ def make_image(
     return copy_chain(
         image,
         layers,
-        image_path,
+        target_path,
         memory_bytes,
         progress=pace.paying(meter.add),
         should_stop=pace.should_stop,
         gate=pace.gate,
-        drop_behind=pace.page_cache.is_crowded_by(cached_twice),
+        drop_behind=pace.page_cache.is_crowded_by(cached_bytes),
         on_total=sized,
     )
 
@@ -179,22 +192,9 @@ def place_layer(
     layers = [*map(_as_layer, unmerged), window]
     memory_bytes = staged.memory_path.stat().st_size
     _copy_vmstate(staged, draft, pace)
-
-    def sized(count: int) -> None:
-        meter.total_bytes = count
-
     draft.layer_path.unlink(missing_ok=True)
-    copy_chain(
-        None,
-        layers,
-        draft.layer_path,
-        memory_bytes,
-        progress=pace.paying(meter.add),
-        should_stop=pace.should_stop,
-        gate=pace.gate,
-        drop_behind=pace.page_cache.is_crowded_by(sum(total_bytes(it.extents) for it in layers)),
-        on_total=sized,
-    )
+    cached = sum(total_bytes(layer.extents) for layer in layers)
+    _compose(None, layers, draft.layer_path, memory_bytes, cached, meter, pace)
     return union([layer.extents for layer in layers], memory_bytes)
 
 

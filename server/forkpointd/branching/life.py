@@ -90,7 +90,6 @@ class BranchLife:
         self._until_window: asyncio.Task[Staged] | None = None
         self._stopped_by: ForkpointError | None = None
         self._draft: Draft | None = None
-        self._layer: LayerWitness | None = None
         self._ahead_bytes = 0
 
     @property
@@ -233,8 +232,7 @@ class BranchLife:
     async def _after_resumed(self, staged: Staged) -> None:
         """MERGING to READY (or FORKING)."""
         try:
-            await self._merge(staged)
-            await self._finalise()
+            await self._finalise(await self._merge(staged))
         except Exception as error:  # noqa: BLE001 - whatever it was, the pages are kept
             await self._fail_with_diff(staged, error)
         else:
@@ -371,7 +369,8 @@ class BranchLife:
 
     # --- after the window ---
 
-    async def _merge(self, staged: Staged) -> None:
+    async def _merge(self, staged: Staged) -> LayerWitness | None:
+        """Puts the window's pages into the draft; returns what it holds where it is a layer."""
         shop, record, draft = self._shop, self.record, self._draft
         assert draft is not None
         meter = Meter(self._holding.image)
@@ -382,17 +381,13 @@ class BranchLife:
                 lambda: record.note_merge(meter.done_bytes, meter.total_bytes)
             ):
                 if self.branch.layout is Layout.LAYERED:
-                    await self._place_layer(staged, draft, meter)
-                elif self.branch.mode is BranchMode.DIFF:
-                    await shop.merges.run(
-                        lambda pace: merge_staged_diff(staged, draft, meter, pace)
-                    )
-                else:
-                    await shop.merges.run(
-                        lambda pace: place_staged_full(staged, draft, meter, pace)
-                    )
+                    return await self._place_layer(staged, draft, meter)
+                diff = self.branch.mode is BranchMode.DIFF
+                place = merge_staged_diff if diff else place_staged_full
+                await shop.merges.run(lambda pace: place(staged, draft, meter, pace))
+        return None
 
-    async def _place_layer(self, staged: Staged, draft: Draft, meter: Meter) -> None:
+    async def _place_layer(self, staged: Staged, draft: Draft, meter: Meter) -> LayerWitness:
         base, shop = self._source.base, self._shop
         assert base is not None and base.snapshot_id is not None, "a layer has a parent"
         parent = await shop.registry.get_snapshot(base.snapshot_id, include_deleted=True)
@@ -400,9 +395,9 @@ class BranchLife:
         extents = await shop.merges.run(
             lambda pace: place_layer(staged, base.unmerged, draft, meter, pace)
         )
-        self._layer = LayerWitness(parent.branch_id, extents)
+        return LayerWitness(parent.branch_id, extents)
 
-    async def _finalise(self) -> None:
+    async def _finalise(self, layer: LayerWitness | None) -> None:
         """Makes the snapshot durable, then READY: row, dirty base and stage in one commit."""
         shop, row, branch, draft = self._shop, self._source.live.row, self.branch, self._draft
         assert draft is not None and branch.mode is not None and branch.pause_window is not None
@@ -417,7 +412,7 @@ class BranchLife:
                         machine=row.machine,
                         vmm=row.vmm,
                         host=shop.host,
-                        layer=self._layer,
+                        layer=layer,
                     ),
                 )
             )

@@ -66,12 +66,13 @@ def copy_image(
     chunk_bytes: int = CHUNK_BYTES,
     drop_behind: bool = False,
     on_total: Progress | None = None,
+    only: Extents | None = None,
 ) -> CopyResult:
     """Makes `image_path`, which must not exist, equal to the image `base_path` of `size_bytes`.
 
     By reflink where the file system can: then nothing is moved, no room is taken and `progress`
-    isn't called. Else the data alone, and holes stay holes. `on_total` is told once how many bytes
-    will be moved. Nothing is synced.
+    isn't called. Else the data alone, or `only` that part of it, and holes stay holes. `on_total`
+    is told once how many bytes will be moved. Nothing is synced.
 
     Raises Stopped, ImageError (the base has another size), FileExistsError, OSError with the path
     (ENOSPC); then there is no `image_path`, unless it was there before.
@@ -81,22 +82,13 @@ def copy_image(
         _check_size(base, size_bytes)
         steps.before_chunk()
         with create_file(image_path) as image:
-            if reflinked := _share_image(base, image, size_bytes):
+            if _reflinked(base, image):
+                _check_size(image, size_bytes)
+                shared = min(size_bytes, os.fstat(image.fd).st_blocks * 512)
                 if on_total is not None:
                     on_total(0)
-                return reflinked
-            return _copy_data(base, image, size_bytes, steps, on_total)
-
-
-def reflink_image(base_path: Path, image_path: Path, size_bytes: int) -> CopyResult | None:
-    """As `copy_image`, by reflink alone; None, and no `image_path`, where that can't be."""
-    with open_file(base_path, os.O_RDONLY) as base:
-        _check_size(base, size_bytes)
-        with create_file(image_path) as image:
-            reflinked = _share_image(base, image, size_bytes)
-    if reflinked is None:
-        image_path.unlink()
-    return reflinked
+                return CopyResult(CopyMethod.REFLINK, shared, size_bytes - shared, size_bytes)
+            return _copy_data(base, image, size_bytes, steps, on_total, only)
 
 
 def copy_whole(
@@ -175,14 +167,6 @@ def _check_size(file: OpenFile, size_bytes: int) -> None:
         raise ImageError(f"{file.path} has {file.size_bytes} bytes, not {size_bytes}")
 
 
-def _share_image(base: OpenFile, image: OpenFile, size_bytes: int) -> CopyResult | None:
-    if not _reflinked(base, image):
-        return None
-    _check_size(image, size_bytes)
-    shared = min(size_bytes, os.fstat(image.fd).st_blocks * 512)
-    return CopyResult(CopyMethod.REFLINK, shared, size_bytes - shared, size_bytes)
-
-
 def _reflinked(source: OpenFile, target: OpenFile) -> bool:
     try:
         syscalls.ficlone(target.fd, source.fd)
@@ -194,11 +178,16 @@ def _reflinked(source: OpenFile, target: OpenFile) -> bool:
 
 
 def _copy_data(
-    source: OpenFile, target: OpenFile, size_bytes: int, steps: Steps, on_total: Progress | None
+    source: OpenFile,
+    target: OpenFile,
+    size_bytes: int,
+    steps: Steps,
+    on_total: Progress | None,
+    only: Extents | None = None,
 ) -> CopyResult:
-    """The data of `source` into the empty `target`."""
+    """The data of `source`, or `only` that part of it, into the empty `target`."""
     target.resize(size_bytes)
-    extents = source.data()
+    extents = source.data() if only is None else only
     count = total_bytes(extents)
     if on_total is not None:
         on_total(count)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from forkpointd.images.copying import CopyResult, make_empty_image, merge_diff, reflink_image
+from forkpointd.images.copying import CopyResult, copy_image, make_empty_image, merge_diff
 from forkpointd.images.errors import ImageError
 from forkpointd.images.extents import Extent, Extents, find_extents_of, total_bytes
 from forkpointd.images.moving import Gate, Progress, ShouldStop
@@ -95,16 +95,31 @@ def copy_chain(
     is synced. Raises Stopped, ImageError, FileExistsError, OSError with the path; then there is no
     `target_path`, unless it was there before.
     """
-    reflinked = None if image_path is None else reflink_image(image_path, target_path, memory_bytes)
-    if reflinked is None:
+    held = [layer.extents for layer in layers]
+    part = None
+    if image_path is not None and layers:
+        data = _whole_pages(find_extents_of(image_path, memory_bytes), memory_bytes)
+        part, *parts = shown([data, *held], memory_bytes)
+    else:
+        parts = shown(held, memory_bytes)
+    laid = sum(map(total_bytes, parts))
+    if image_path is None:
         make_empty_image(target_path, memory_bytes)
+        on_total(laid)
+        copied = CopyResult(CopyMethod.COPY, 0, memory_bytes, memory_bytes)
+    else:
+        copied = copy_image(
+            image_path,
+            target_path,
+            memory_bytes,
+            progress=progress,
+            should_stop=should_stop,
+            gate=gate,
+            drop_behind=drop_behind,
+            on_total=lambda count: on_total(count + laid),
+            only=part,
+        )
     try:
-        if reflinked is None and image_path is not None:
-            data = find_extents_of(image_path, memory_bytes)
-            layers = [Layer(image_path, _whole_pages(data, memory_bytes)), *layers]
-        parts = shown([layer.extents for layer in layers], memory_bytes)
-        total = sum(map(total_bytes, parts))
-        on_total(total)
         for layer, extents in zip(layers, parts, strict=True):
             merge_diff(
                 layer.memory_path,
@@ -118,7 +133,10 @@ def copy_chain(
     except BaseException:
         target_path.unlink(missing_ok=True)
         raise
-    return reflinked or CopyResult(CopyMethod.COPY, total, memory_bytes - total, memory_bytes)
+    if copied.method is CopyMethod.REFLINK:
+        return copied
+    total = copied.copied_bytes + laid
+    return CopyResult(CopyMethod.COPY, total, memory_bytes - total, memory_bytes)
 
 
 def _pages(offset_bytes: int, length_bytes: int, memory_bytes: int) -> tuple[int, int]:

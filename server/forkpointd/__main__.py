@@ -185,9 +185,14 @@ def _doctor(settings: Settings, as_json: bool) -> int:
 def _fsck(settings: Settings, repair: bool, as_json: bool) -> int:
     from forkpointd.fsck import check_data_folder, describe
     from forkpointd.registry import RegistryError
-    from forkpointd.sandboxes.datadir import DataDirError, DataDirLocked, open_data_dir
+    from forkpointd.sandboxes.datadir import (
+        REGISTRY_NAME,
+        DataDirError,
+        DataDirLocked,
+        open_data_dir,
+    )
 
-    registry = settings.data_dir / "forkpoint.db"
+    registry = settings.data_dir / REGISTRY_NAME
     if not registry.is_file():
         return _fail(EX_CANTCREAT, f"there is no registry {registry}: no server has worked there")
     try:

@@ -7,8 +7,10 @@ there that no row knows. The server must not run meanwhile; sandboxes may.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from forkpointd.images import (
     ImageError,
@@ -181,7 +183,7 @@ class Check:
                     f"sandbox {row.sandbox_id}",
                     f"the base of its next diff is lost: {why}",
                     "its next branch is FULL",
-                    lambda lost=lost: self._registry.put_sandbox(lost),  # type: ignore[misc]
+                    partial(self._registry.put_sandbox, lost),
                 )
 
     def _why_lost(self, base: DirtyBase) -> str | None:
@@ -212,7 +214,7 @@ class Check:
                     f"folder {path}",
                     "no snapshot of the registry, and no unfinished branch, is kept there",
                     "it is removed",
-                    lambda path=path: _run(lambda: self._store.remove_leftover(path)),  # type: ignore[misc]
+                    partial(asyncio.to_thread, self._store.remove_leftover, path),
                 )
         for snapshot_id, stored in sorted(self._stored.items()):
             for path in self._store.odd_files(stored):
@@ -220,23 +222,17 @@ class Check:
                     f"snapshot {snapshot_id}",
                     f"{path} is no part of it: a flatten was broken off",
                     "it is removed",
-                    lambda path=path: _run(path.unlink),  # type: ignore[misc]
+                    partial(asyncio.to_thread, path.unlink),
                 )
-
-
-async def _run(work: Callable[[], object]) -> None:
-    work()
 
 
 def describe(report: Report) -> list[str]:
     """The report, line by line, for people."""
     lines = []
     for each in report.findings:
-        done = each.repair and (f"repaired: {each.repair}" if report.repaired else "")
-        todo = "" if done or not each.repair else f"--repair: {each.repair}"
         lines.append(f"{each.subject}: {each.problem}")
-        if done or todo:
-            lines.append(f"  -> {done or todo}")
+        if each.repair:
+            lines.append(f"  -> {'repaired' if report.repaired else '--repair'}: {each.repair}")
     lines.append(
         f"looked at {report.snapshots} snapshots, {report.sandboxes} sandboxes and "
         f"{report.folders} folders: {len(report.left)} findings"

@@ -5,21 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from forkpointd.branching.admission import Admission
 from forkpointd.branching.imaging import PROGRESS_SECONDS, CopyWorkers, Meter, make_image
-from forkpointd.branching.quiet import Pace
 from forkpointd.images import (
-    Chain,
     ImageError,
     SnapshotStore,
     StoredSnapshot,
     allocated_bytes,
 )
-from forkpointd.model import ForkpointError, Reason, Snapshot
+from forkpointd.model import ForkpointError, Reason
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.snapshots import Snapshots, image_damaged, snapshot_not_found
 from forkpointd.sandboxes.tasks import Tasks
@@ -88,7 +86,8 @@ class Flattener:
         return job
 
     async def recover(self) -> None:
-        """Ends what a former server had almost done: FLAT on the disk, LAYERED in its row."""
+        """Ends what a former server had almost done: FLAT on the disk, LAYERED in its row. What
+        that leaves goes with the next `collect`."""
         for snapshot_id in await asyncio.to_thread(self._store.flattened_layers):
             try:
                 await self._became_flat(
@@ -96,7 +95,6 @@ class Flattener:
                 )
             except (ImageError, OSError) as error:  # whoever uses it is told
                 log.error("the flatten of snapshot %s is not ended: %s", snapshot_id, error)
-        await self._snapshots.collect()
 
     async def _flatten(self, snapshot_id: str, meter: Meter) -> StoredSnapshot:
         with self._snapshots.hold(snapshot_id):
@@ -111,16 +109,22 @@ class Flattener:
         snapshot = await self._registry.get_snapshot(snapshot_id, include_deleted=True)
         if snapshot is None:
             raise snapshot_not_found(snapshot_id)
+        memory_bytes = snapshot.machine.memory_bytes
         try:
             stored = await asyncio.to_thread(self._store.open, snapshot_id)
             if stored.manifest.layer is None:
                 return stored, 0
             what = f"the image of layered snapshot {snapshot_id}"
             with await asyncio.to_thread(
-                self._admission.reserve_bytes, snapshot.machine.memory_bytes, what
+                self._admission.reserve_bytes, memory_bytes, what
             ) as meter.reservation:
                 async with self._copies.slot(), self._snapshots.reading(snapshot_id) as chain:
-                    stored = await self._copies.run(self._work(snapshot, chain, meter))
+                    stored = await self._copies.run(
+                        lambda pace: self._store.flatten(
+                            snapshot_id,
+                            lambda path: make_image(chain, (), memory_bytes, path, meter, pace),
+                        )
+                    )
                     await self._became_flat(stored)
                     return stored, chain.depth
         except ImageError as error:
@@ -132,18 +136,6 @@ class Flattener:
                 f"{error}. Make room and try again: nothing is lost",
                 metadata={"snapshot_id": snapshot_id},
             ) from error
-
-    def _work(
-        self, snapshot: Snapshot, chain: Chain, meter: Meter
-    ) -> Callable[[Pace], StoredSnapshot]:
-        def work(pace: Pace) -> StoredSnapshot:
-            memory_bytes = snapshot.machine.memory_bytes
-            return self._store.flatten(
-                snapshot.snapshot_id,
-                lambda path: make_image(chain, (), memory_bytes, path, meter, pace),
-            )
-
-        return work
 
     async def _became_flat(self, stored: StoredSnapshot) -> None:
         paths = (stored.memory_path, stored.vmstate_path)

@@ -13,8 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from forkpointd.images import syscalls
-from forkpointd.images.errors import Stopped
-from forkpointd.images.moving import Gate, ShouldStop
+from forkpointd.images.moving import Gate, ShouldStop, Steps
 from forkpointd.model import MIB
 
 BALLOONS = Path("/sys/bus/virtio/drivers/virtio_balloon")
@@ -37,9 +36,8 @@ def warm(count: int, *, should_stop: ShouldStop, gate: Gate) -> None:
     """Touches as many bytes of free memory, and frees them again: the pages that are taken next can
     be written to at once. Blocks: 25 ms for 128 MiB that are warm already, ten times that for
     others. What the kernel doesn't give is left out. Raises Stopped."""
+    steps = Steps(lambda _: None, should_stop, gate, WARM_BYTES)
     with ExitStack() as held:
         for start in range(0, count, WARM_BYTES):
-            gate()
-            if should_stop():
-                raise Stopped
+            steps.before_chunk()
             held.enter_context(syscalls.touched_memory(min(WARM_BYTES, count - start)))

@@ -248,14 +248,14 @@ class SnapshotStore:
         others it is looked for a manifest and a memory of its size, for a thousand of them in
         milliseconds. `chain` looks at all that is in them. Raises ImageError for the first that
         lacks one, OSError."""
-        memory_bytes = 0
-        for snapshot_id in snapshot_ids:
+        if not snapshot_ids:
+            return
+        memory_bytes = self.open(snapshot_ids[0]).manifest.memory_bytes
+        for snapshot_id in snapshot_ids[1:]:
             folder = self._folder_of(snapshot_id)
-            if not memory_bytes:
-                memory_bytes = self.open(snapshot_id).manifest.memory_bytes
-            elif _size_if_there(folder / MANIFEST_NAME) is None:
+            if _size_if_there(folder / MANIFEST_NAME) is None:
                 raise ImageError(f"{folder / MANIFEST_NAME} is not there")
-            elif not any(
+            if not any(
                 _size_if_there(folder / name) == memory_bytes for name in (MEMORY_NAME, LAYER_NAME)
             ):
                 raise ImageError(f"{folder} has no memory of {memory_bytes} bytes")

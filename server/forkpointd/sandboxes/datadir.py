@@ -34,6 +34,8 @@ _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
 _FS_TOPDIR_FL = 0x0002_0000
 """include/uapi/linux/fs.h; ioctl_iflags(2)."""
 
+REGISTRY_NAME = "forkpoint.db"
+
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
@@ -56,7 +58,7 @@ class DataDir:
 
     @property
     def registry_path(self) -> Path:
-        return self.root / "forkpoint.db"
+        return self.root / REGISTRY_NAME
 
     @property
     def sandboxes(self) -> Path:

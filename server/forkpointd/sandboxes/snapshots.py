@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from forkpointd.images import Chain, SnapshotStore, StoredSnapshot
 from forkpointd.model import (
@@ -29,6 +29,9 @@ from forkpointd.model import (
     Snapshot,
 )
 from forkpointd.registry import Registry
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +129,8 @@ class Snapshots:
     async def reading(self, snapshot_id: str) -> AsyncIterator[Chain]:
         """A snapshot with all that it stands on, whose files stay in the block. Raises ImageError,
         OSError."""
-        run = asyncio.get_running_loop().run_in_executor
         async with self._holding_chain(snapshot_id):
-            yield await run(self._files, self._store.chain, snapshot_id)
+            yield await self._run(self._store.chain, snapshot_id)
         if self._flattened:
             await self.collect()
 
@@ -157,9 +159,8 @@ class Snapshots:
         """Whether all that a dirty base stands on is there: a layer over it would be lost else.
         Raises ImageError, OSError."""
         if base.snapshot_id is not None:
-            run = asyncio.get_running_loop().run_in_executor
             async with self._holding_chain(base.snapshot_id) as chain:
-                await run(self._files, self._store.check_there, chain)
+                await self._run(self._store.check_there, chain)
 
     async def became_flat(self, snapshot_id: str, disk_bytes: int) -> None:
         """A layer was flattened on the disk: so is its row now. What it stood on, and its pages,
@@ -179,7 +180,6 @@ class Snapshots:
         return removed
 
     async def _remove_unneeded(self) -> int:
-        loop = asyncio.get_running_loop()
         removed = 0
         for snapshot_id in await self._registry.snapshots_nobody_needs():
             # Files that are large take their time: what was so when the list was made may not be.
@@ -189,27 +189,33 @@ class Snapshots:
                 continue
             if self._held[snapshot_id]:
                 continue
-            try:
-                await loop.run_in_executor(self._files, self._store.delete, snapshot_id)
-            except OSError as error:
-                log.error("can't remove the files of snapshot %s: %s", snapshot_id, error)
-                continue
-            await self._registry.remove_snapshot_row(snapshot_id)
-            self._flattened.discard(snapshot_id)
-            removed += 1
+            if await self._is_removed(self._store.delete, "files", snapshot_id):
+                await self._registry.remove_snapshot_row(snapshot_id)
+                self._flattened.discard(snapshot_id)
+                removed += 1
         return removed
 
     async def _remove_flattened_layers(self) -> None:
-        loop = asyncio.get_running_loop()
         for snapshot_id in list(self._flattened):
             if self._held[snapshot_id]:
                 continue
-            try:
-                await loop.run_in_executor(self._files, self._store.remove_layer, snapshot_id)
-            except OSError as error:
-                log.error("can't remove the layer of snapshot %s: %s", snapshot_id, error)
-                continue
-            self._flattened.discard(snapshot_id)
+            if await self._is_removed(self._store.remove_layer, "layer", snapshot_id):
+                self._flattened.discard(snapshot_id)
+
+    async def _is_removed(
+        self, remove: Callable[[str], object], what: str, snapshot_id: str
+    ) -> bool:
+        """Whether that worked; else it is tried again by the next `collect`."""
+        try:
+            await self._run(remove, snapshot_id)
+        except OSError as error:
+            log.error("can't remove the %s of snapshot %s: %s", what, snapshot_id, error)
+            return False
+        return True
+
+    def _run(self, work: Callable[[A], T], argument: A) -> asyncio.Future[T]:
+        """File work, in a thread."""
+        return asyncio.get_running_loop().run_in_executor(self._files, work, argument)
 
 
 def image_damaged(snapshot_id: str, error: Exception) -> ForkpointError:

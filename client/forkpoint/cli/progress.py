@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -53,34 +54,26 @@ class _Speed(ProgressColumn):
         return Text(f"{output.size(int(task.completed / seconds))}/s", style="progress.data.speed")
 
 
-def _bars(console: Console, quiet: bool) -> Progress | None:
-    """For a terminal; None elsewhere."""
-    if quiet or not console.is_terminal:
-        return None
-    return Progress(
-        SpinnerColumn(finished_text="[green]✓[/green]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        _Amount(binary_units=True),
-        _Speed(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        transient=True,
-    )
+class _Display:
+    """Bars in a terminal, none elsewhere; used as a block around updates."""
 
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._progress: Progress | None = None
+        if console.is_terminal and not quiet:
+            self._progress = Progress(
+                SpinnerColumn(finished_text="[green]✓[/green]"),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                _Amount(binary_units=True),
+                _Speed(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=True,
+            )
 
-class CopyDisplay:
-    """Shows one copy; used as a block around its updates."""
-
-    def __init__(self, console: Console, name: str, *, quiet: bool = False) -> None:
-        self._name = name
-        self._progress = _bars(console, quiet)
-        self._bar: TaskID | None = None
-
-    def __enter__(self) -> CopyDisplay:
+    def __enter__(self) -> Self:
         if self._progress is not None:
             self._progress.start()
-            self._bar = self._progress.add_task(self._name, total=None, note="")
         return self
 
     def __exit__(
@@ -91,6 +84,16 @@ class CopyDisplay:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+class CopyDisplay(_Display):
+    """Shows one copy."""
+
+    def __init__(self, console: Console, name: str, *, quiet: bool = False) -> None:
+        super().__init__(console, quiet=quiet)
+        self._bar: TaskID | None = None
+        if self._progress is not None:
+            self._bar = self._progress.add_task(name, total=None, note="")
 
     def update(self, progress: views.Progress) -> None:
         """Shows the newest state."""
@@ -99,31 +102,17 @@ class CopyDisplay:
             self._progress.update(self._bar, completed=done, total=total)
 
 
-class BranchDisplay:
-    """Shows updates of one branch; used as a block around them."""
+class BranchDisplay(_Display):
+    """Shows updates of one branch."""
 
     def __init__(self, console: Console, *, quiet: bool = False, terse: bool = False) -> None:
+        super().__init__(console, quiet=quiet)
         self._console = console
         self._quiet = quiet
         self._terse = terse
         self._shown: BranchStage | None = None
         self._pause_told = False
         self._bars: dict[str, TaskID] = {}
-        self._progress = _bars(console, quiet)
-
-    def __enter__(self) -> BranchDisplay:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
 
     def update(self, update: BranchUpdate) -> None:
         """Shows the newest state."""

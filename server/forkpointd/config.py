@@ -93,6 +93,14 @@ class Settings(BaseSettings):
     """Pre-copies and merges at once in the whole server."""
     precopy_bytes_per_second: int | None = Field(default=None, ge=1024 * 1024)
     """The most that all pre-copies and merges together move in a second; None: no limit."""
+    flatten_depth: int = Field(default=32, ge=0)
+    """So many layers over a flat image, and the newest is flattened in the background; 0: a chain
+    may be as long as it grows."""
+    flatten_chain_bytes: int = Field(default=0, ge=0)
+    """The same for what the layers of a chain hold together; 0: that is no reason."""
+    flatten_age_seconds: float = Field(default=0.0, ge=0)
+    """The newest layer of a chain that did not grow for so long is flattened; 0: that is no
+    reason."""
     max_queued_branches: int = Field(default=16, ge=0, le=1000)
     """Branches that may wait on one source."""
     max_fork_count: int = Field(default=1000, ge=1, le=10_000)

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import forkpointd
 from forkpointd.branching.admission import Admission
+from forkpointd.branching.flatten_policy import FlattenPolicy, flatten_as_due
 from forkpointd.branching.flattening import Flattener
 from forkpointd.branching.imaging import CopyWorkers
 from forkpointd.branching.opening import Windows
@@ -246,6 +247,11 @@ class Daemon:
         )
         stack.push_async_callback(branches.close)
         await flattener.recover()
+        policy = FlattenPolicy(
+            max_depth=settings.flatten_depth,
+            max_chain_bytes=settings.flatten_chain_bytes,
+            max_age=timedelta(seconds=settings.flatten_age_seconds),
+        )
         await self._recover(registry, sandboxes, snapshots, store, forks, branches, areas, threads)
 
         expiry = Expiry(sandboxes, branches.branch_and_wait)
@@ -265,6 +271,10 @@ class Daemon:
         housekeeping.start_unwatched(
             self._keep_house(registry, sandboxes, snapshots, consoles), "loop"
         )
+
+        background = Tasks("background")
+        stack.push_async_callback(background.cancel)
+        background.start_unwatched(flatten_as_due(policy, registry, flattener), "flatten policy")
 
         async def facts() -> ServerFacts:
             return ServerFacts(
@@ -302,6 +312,7 @@ class Daemon:
         await self._stopping.wait()
         self._say("draining: no new work; sandboxes run on")
         server.drain()
+        await background.cancel()
         left = await drain_tasks(
             (branches.tasks, forks.tasks, sandboxes.tasks, flattener.tasks),
             settings.drain_seconds,

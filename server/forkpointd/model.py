@@ -405,6 +405,17 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class LayeredRow:
+    """What is needed of a LAYERED snapshot to choose what is flattened."""
+
+    snapshot_id: str
+    parent_snapshot_id: str
+    disk_bytes: int
+    create_time: datetime
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Flattening:
     """How far it is that a snapshot becomes FLAT."""
 

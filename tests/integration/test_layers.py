@@ -167,6 +167,28 @@ async def test_forks_at_once_share_one_flatten(house: House) -> None:
         assert await Guest(house, fork.children[2].sandbox_id).verify(REGION_MIB) == expected
 
 
+async def test_a_chain_that_grew_too_deep_is_flattened_unasked(
+    binary: Binary, witness_kernel: Path, tmp_path: Path
+) -> None:
+    house = House(tmp_path, binary, witness_kernel, flatten_depth=3)
+    try:
+        await house.start()
+        source = await written_source(house)
+        generations = await layers(house, source, 4)
+
+        async def so() -> bool:
+            return (await get_snapshot(house, "layer-2")).layout == FLAT
+
+        await until(so)
+        layouts = [(await get_snapshot(house, f"layer-{n}")).layout for n in (0, 1, 3)]
+        assert layouts == [LAYERED] * 3
+        child = await house.child("layer-2")
+        low, high, _, _ = await child.verify(REGION_MIB - 2)
+        assert (low, high) == (0, generations[2]), "pages of zeros were written over some"
+    finally:
+        await house.close()
+
+
 async def test_a_flatten_is_asked_for_and_followed(house: House) -> None:
     source = await written_source(house)
     await layers(house, source, 2)

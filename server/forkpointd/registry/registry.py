@@ -21,6 +21,7 @@ from forkpointd.model import (
     BranchView,
     Fork,
     ForkpointError,
+    LayeredRow,
     Page,
     Reason,
     RememberedRequest,
@@ -204,6 +205,10 @@ class Registry:
     async def chain_of_snapshot(self, snapshot_id: str) -> list[str]:
         """It and all that it stands on, deleted ones included, the newest first."""
         return await self.read(lambda c: snapshots.chain_of(c, snapshot_id))
+
+    async def layered_snapshots(self) -> list[LayeredRow]:
+        """All that are LAYERED, deleted ones included, in no order."""
+        return await self.read(snapshots.layered)
 
     async def snapshot_is_flat(self, snapshot_id: str, disk_bytes: int) -> None:
         """A layer, deleted or not, was flattened. Idempotent."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from forkpointd.model import Page, Reason, Snapshot
+from forkpointd.model import LayeredRow, Page, Reason, Snapshot
+from forkpointd.registry.codec import parse_instant
 from forkpointd.registry.rows import (
     BRANCH_UNFINISHED,
     FORK_UNFINISHED,
@@ -113,6 +114,18 @@ def chain_of(connection: Connection, snapshot_id: str) -> list[str]:
         (snapshot_id,),
     )
     return [row[0] for row in rows]
+
+
+def layered(connection: Connection) -> list[LayeredRow]:
+    """All that are LAYERED, deleted ones included, in no order."""
+    rows = connection.execute(
+        "SELECT snapshot_id, parent_snapshot_id, disk_bytes, create_time, deleted"
+        " FROM snapshots WHERE layout = 'LAYERED'"
+    )
+    return [
+        LayeredRow(snapshot_id, parent, disk_bytes, parse_instant(created), bool(deleted))
+        for snapshot_id, parent, disk_bytes, created, deleted in rows
+    ]
 
 
 def flattened(connection: Connection, snapshot_id: str, disk_bytes: int) -> None:

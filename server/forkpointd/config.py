@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     """Pre-copies and merges at once in the whole server."""
     precopy_bytes_per_second: int | None = Field(default=None, ge=1024 * 1024)
     """The most that all pre-copies and merges together move in a second; None: no limit."""
+    auto_layered_bytes: int = Field(default=1024 * MIB, ge=0)
+    """Where reflink is missing, layout AUTO is LAYERED for a base that holds so much on the disk;
+    0: AUTO is FLAT."""
     flatten_depth: int = Field(default=32, ge=0)
     """So many layers over a flat image, and the newest is flattened in the background; 0: a chain
     may be as long as it grows."""

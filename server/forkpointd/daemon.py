@@ -242,6 +242,7 @@ class Daemon:
                 host=host,
                 tasks=Tasks("branches"),
                 window_deadline_seconds=settings.window_deadline_seconds,
+                auto_layered_bytes=(settings.auto_layered_bytes or None) if not reflink else None,
             ),
             max_queued_branches=settings.max_queued_branches,
         )

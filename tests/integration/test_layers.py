@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 
 from forkpoint.v1 import branch_pb2, sandbox_pb2, snapshot_pb2, snapshot_service_pb2
+from forkpointd.images import can_reflink
 from forkpointd.model import MIB
 from forkpointd.vmm import Binary
 from tests.integration.refusals import HeldHouse, until
@@ -165,6 +166,34 @@ async def test_forks_at_once_share_one_flatten(house: House) -> None:
     expected = await source.verify(REGION_MIB)
     for fork in forks:
         assert await Guest(house, fork.children[2].sandbox_id).verify(REGION_MIB) == expected
+
+
+@pytest.mark.parametrize("reflinks", [False, True])
+async def test_auto_is_layered_for_a_large_base_without_reflink(
+    binary: Binary, witness_kernel: Path, tmp_path: Path, reflinks: bool
+) -> None:
+    if can_reflink(tmp_path) is not reflinks:
+        pytest.skip(f"{tmp_path} {'has no' if reflinks else 'has'} reflink")
+    house = House(tmp_path, binary, witness_kernel, auto_layered_bytes=(REGION_MIB // 2) * MIB)
+    try:
+        await house.start()
+        source = await house.boot("src", MEMORY_MIB)
+        await source.dirty(1)
+        layouts = [(await house.ready("src")).layout for _ in range(2)]
+        assert layouts == [FLAT, FLAT], "no base, then a small one"
+        generation = await source.dirty(REGION_MIB)
+        assert (await house.ready("src", snapshot_id="large")).layout == FLAT, "over a small one"
+        last = await house.ready("src", snapshot_id="last")
+        assert last.requested_layout == snapshot_pb2.LAYOUT_AUTO
+        assert last.layout == last.snapshot.layout == (FLAT if reflinks else LAYERED)
+        on_layer = await house.ready("src")
+        assert on_layer.layout == (FLAT if reflinks else LAYERED), "what is below counts"
+        asked = await house.ready("src", layout=FLAT)
+        assert asked.layout == FLAT
+        child = await house.child("last")
+        assert await child.verify(REGION_MIB) == (generation, generation, 0, 0)
+    finally:
+        await house.close()
 
 
 async def test_a_chain_that_grew_too_deep_is_flattened_unasked(

@@ -246,6 +246,10 @@ async def test_the_chain_of_a_snapshot_ends_at_what_is_flat(registry: Registry) 
     await registry.snapshot_is_flat("snap-997", disk_bytes=1)
     assert await registry.chain_of_snapshot("snap-999") == ["snap-999", "snap-998", "snap-997"]
     assert await registry.chain_of_snapshot("no-such") == []
+    each = layer(1).disk_bytes
+    assert each > 1
+    assert await registry.bytes_of_chain("snap-999") == 2 * each + 1
+    assert await registry.bytes_of_chain("no-such") == 0
 
 
 async def test_a_deleted_snapshot_stays_while_a_fork_will_start_children_from_it(

@@ -282,7 +282,7 @@ class BranchLife:
             mode_reason=plan.reason,
             predicted_pause_us=plan.predicted_us,
             base_snapshot_id=base.snapshot_id if plan.mode is BranchMode.DIFF else None,
-            layout=self._layout_of(plan.mode, base),
+            layout=await self._layout_of(plan.mode, base),
             staging=self._holding.staging,
             staging_serial=serial,
         )
@@ -299,11 +299,16 @@ class BranchLife:
             raise
         return staged
 
-    def _layout_of(self, mode: BranchMode, base: DirtyBase) -> Layout:
+    async def _layout_of(self, mode: BranchMode, base: DirtyBase) -> Layout:
         """A layer needs something to stand on; what stands on nothing is whole."""
-        layered = self.branch.requested_layout is Layout.LAYERED
-        has_parent = mode is BranchMode.DIFF and base.snapshot_id is not None
-        return Layout.LAYERED if layered and has_parent else Layout.FLAT
+        if mode is not BranchMode.DIFF or base.snapshot_id is None:
+            return Layout.FLAT
+        if self.branch.requested_layout is not Layout.AUTO:
+            return self.branch.requested_layout
+        if (least := self._shop.auto_layered_bytes) is None:
+            return Layout.FLAT
+        held = await self._shop.registry.bytes_of_chain(base.snapshot_id)
+        return Layout.LAYERED if held >= least else Layout.FLAT
 
     async def _check_parent(self, base: DirtyBase) -> None:
         """A layer is no more than what it stands on."""

@@ -42,6 +42,8 @@ class Workshop:
     host: HostFacts
     tasks: Tasks
     window_deadline_seconds: float
+    auto_layered_bytes: int | None
+    """A base that holds so much is not copied where the layout is AUTO; None: any is."""
 
     async def run(self, work: Callable[[], T]) -> T:
         """Short file work, in a thread."""

@@ -206,6 +206,10 @@ class Registry:
         """It and all that it stands on, deleted ones included, the newest first."""
         return await self.read(lambda c: snapshots.chain_of(c, snapshot_id))
 
+    async def bytes_of_chain(self, snapshot_id: str) -> int:
+        """What it and all that it stands on have on the disk; 0 for one without a row."""
+        return await self.read(lambda c: snapshots.bytes_of_chain(c, snapshot_id))
+
     async def layered_snapshots(self) -> list[LayeredRow]:
         """All that are LAYERED, deleted ones included, in no order."""
         return await self.read(snapshots.layered)

@@ -19,6 +19,15 @@ from forkpointd.registry.rows import (
 )
 from forkpointd.registry.tables import Connection
 
+CHAIN = (
+    "WITH RECURSIVE chain (snapshot_id, below, disk_bytes, depth) AS ("
+    " SELECT snapshot_id, IIF(layout = 'LAYERED', parent_snapshot_id, NULL), disk_bytes, 0"
+    " FROM snapshots WHERE snapshot_id = ?"
+    " UNION ALL SELECT s.snapshot_id, IIF(s.layout = 'LAYERED', s.parent_snapshot_id, NULL),"
+    " s.disk_bytes, chain.depth + 1 FROM snapshots AS s JOIN chain ON s.snapshot_id = chain.below)"
+)
+"""A snapshot and all that it stands on, deleted ones included."""
+
 
 def insert(connection: Connection, snapshot: Snapshot, branch_id: str | None = None) -> None:
     """A new snapshot (made by `branch_id`, to which its id was promised). Raises ID_TAKEN."""
@@ -105,15 +114,17 @@ def nobody_needs(connection: Connection) -> list[str]:
 def chain_of(connection: Connection, snapshot_id: str) -> list[str]:
     """A snapshot and all that it stands on, deleted ones included, the newest first."""
     rows = connection.execute(
-        "WITH RECURSIVE chain (snapshot_id, below, depth) AS ("
-        " SELECT snapshot_id, IIF(layout = 'LAYERED', parent_snapshot_id, NULL), 0"
-        " FROM snapshots WHERE snapshot_id = ?"
-        " UNION ALL SELECT s.snapshot_id, IIF(s.layout = 'LAYERED', s.parent_snapshot_id, NULL),"
-        " chain.depth + 1 FROM snapshots AS s JOIN chain ON s.snapshot_id = chain.below)"
-        " SELECT snapshot_id FROM chain ORDER BY depth",
-        (snapshot_id,),
+        f"{CHAIN} SELECT snapshot_id FROM chain ORDER BY depth", (snapshot_id,)
     )
     return [row[0] for row in rows]
+
+
+def bytes_of_chain(connection: Connection, snapshot_id: str) -> int:
+    """What a snapshot and all that it stands on have on the disk."""
+    held: int = connection.execute(
+        f"{CHAIN} SELECT coalesce(sum(disk_bytes), 0) FROM chain", (snapshot_id,)
+    ).fetchone()[0]
+    return held
 
 
 def layered(connection: Connection) -> list[LayeredRow]:

@@ -301,11 +301,11 @@ class Daemon:
             max_fork_count=settings.max_fork_count,
             max_memory_mib=host_memory_bytes() // MIB,
         )
-        await server.start(settings.listen)
-        stack.push_async_callback(server.stop, 0.5)
         for check in checks:
             if check.outcome is not CheckOutcome.OK:
                 self._say(f"{check.outcome.lower()}: {check.detail}")
+        await server.start(settings.listen)
+        stack.push_async_callback(server.stop, 0.5)
         self._say(
             f"forkpointd {forkpointd.__version__} serves {settings.listen} on "
             f"{describe_vmm(binary).detail}"

@@ -242,17 +242,12 @@ class Daemon:
                 host=host,
                 tasks=Tasks("branches"),
                 window_deadline_seconds=settings.window_deadline_seconds,
-                auto_layered_bytes=(settings.auto_layered_bytes or None) if not reflink else None,
+                auto_layered_bytes=None if reflink else settings.auto_layered_bytes or None,
             ),
             max_queued_branches=settings.max_queued_branches,
         )
         stack.push_async_callback(branches.close)
         await flattener.recover()
-        policy = FlattenPolicy(
-            max_depth=settings.flatten_depth,
-            max_chain_bytes=settings.flatten_chain_bytes,
-            max_age=timedelta(seconds=settings.flatten_age_seconds),
-        )
         await self._recover(registry, sandboxes, snapshots, store, forks, branches, areas, threads)
 
         expiry = Expiry(sandboxes, branches.branch_and_wait)
@@ -273,6 +268,11 @@ class Daemon:
             self._keep_house(registry, sandboxes, snapshots, consoles), "loop"
         )
 
+        policy = FlattenPolicy(
+            max_depth=settings.flatten_depth,
+            max_chain_bytes=settings.flatten_chain_bytes,
+            max_age=timedelta(seconds=settings.flatten_age_seconds),
+        )
         background = Tasks("background")
         stack.push_async_callback(background.cancel)
         background.start_unwatched(flatten_as_due(policy, registry, flattener), "flatten policy")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -35,14 +35,17 @@ class FlattenPolicy:
     def due(self, rows: Sequence[LayeredRow], at: datetime) -> list[str]:
         """The layers to be flattened, each before those that stand on it. A layer over one that is
         due counts as if that were done."""
+        layered = {row.snapshot_id for row in rows}
+        above: dict[str, list[LayeredRow]] = {}
+        for row in rows:
+            above.setdefault(row.parent_snapshot_id, []).append(row)
         due = []
-        parents = {row.parent_snapshot_id for row in rows}
-        reached: dict[str, tuple[int, int]] = {}
-        """Layers of each chain, and what they hold, up to and with this one."""
-        for row in _oldest_first(rows):
-            depth, held = reached.get(row.parent_snapshot_id, (0, 0))
+        # By the parents, not by the clock, which can be set back. With what lies below each.
+        left = [(row, 0, 0) for row in rows if row.parent_snapshot_id not in layered]
+        while left:
+            row, depth, held = left.pop()
             depth, held = depth + 1, held + row.disk_bytes
-            is_end = row.snapshot_id not in parents and not row.deleted
+            is_end = row.snapshot_id not in above and not row.deleted
             if (
                 (self.max_depth and depth >= self.max_depth)
                 or (self.max_chain_bytes and held >= self.max_chain_bytes)
@@ -50,21 +53,8 @@ class FlattenPolicy:
             ):
                 due.append(row.snapshot_id)
                 depth, held = 0, 0
-            reached[row.snapshot_id] = depth, held
+            left += [(each, depth, held) for each in above.get(row.snapshot_id, ())]
         return due
-
-
-def _oldest_first(rows: Sequence[LayeredRow]) -> Iterable[LayeredRow]:
-    """Each after its parent. By the parents, not by the clock, which can be set back."""
-    layered = {row.snapshot_id for row in rows}
-    above: dict[str, list[LayeredRow]] = {}
-    for row in rows:
-        above.setdefault(row.parent_snapshot_id, []).append(row)
-    next_ = [row for row in rows if row.parent_snapshot_id not in layered]
-    while next_:
-        row = next_.pop()
-        yield row
-        next_ += above.get(row.snapshot_id, ())
 
 
 async def flatten_as_due(policy: FlattenPolicy, registry: Registry, flattener: Flattener) -> None:

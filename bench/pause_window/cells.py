@@ -228,7 +228,7 @@ def _crossover() -> Iterator[Job]:
 def _loaded() -> Iterator[Job]:
     for load in (PRECOPIES, FORKS, CALLS):
         for dirty in (0, 100):
-            rounds = 21 if load == PRECOPIES and not dirty else 2
+            rounds = 21 if load == PRECOPIES else 2
             cell = Cell(
                 "1e",
                 1024,

@@ -2,7 +2,7 @@
 # and does nothing twice. Nothing needs root, /dev/kvm or a C compiler.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env stubs firecracker firecracker-if-kvm check test demo bench-quick bench bench-pause dist lock clean
+.PHONY: help env stubs firecracker firecracker-if-kvm check test test-linux demo bench-quick bench bench-pause dist lock clean
 
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -36,6 +36,10 @@ check: env stubs ## lint, format, types, imports between the rooms, the contract
 test: env stubs firecracker-if-kvm check ## everything this project tests with (ARGS=... goes to pytest)
 	@echo "==> pytest, $(JOBS) at a time"
 	@$(BIN)/pytest -q -rs -n $(JOBS) --dist loadfile $(ARGS)
+
+test-linux: env stubs firecracker ## Linux guests under real Firecracker, in an emulated machine (needs QEMU and Debian's apt, no /dev/kvm)
+	@echo "==> pytest tests/linux: the lab boots, some minutes without a word"
+	@$(BIN)/pytest -q -rs -p no:xdist tests/linux $(ARGS)
 
 demo: env stubs firecracker-if-kvm ## a running source is branched and forked before your eyes (ARGS=--json)
 	@$(BIN)/forkpoint demo $(ARGS)

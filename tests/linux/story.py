@@ -1,0 +1,238 @@
+"""The story of the lab. It runs in the outer machine, where Firecracker boots Linux.
+
+`python -m tests.linux.story DEVICE` starts a forkpointd on the XFS file system at /data and goes
+through it by the public client alone. What it saw it tells as JSON lines on DEVICE, a serial line;
+it judges nothing: that is for the tests, outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from forkpoint import sync
+from forkpoint.views import Drive
+from tests.linux import plan
+
+LAB = Path("/lab")
+IMAGES = LAB / "images"
+DATA = Path("/data/forkpoint")
+SOCKET = Path("/run/forkpoint.sock")
+SERVER_LOG = Path("/data/server.log")
+MEMORY_MIB = 256
+SOURCE = "source"
+
+# An emulated processor is some twenty times slower than a real one.
+START_SECONDS = 180
+ASK_SECONDS = 120
+SLOW_HOST = {
+    "FORKPOINT_FIRECRACKER": str(LAB / "firecracker"),
+    "FORKPOINT_VMM": "firecracker",
+    "FORKPOINT_WINDOW_DEADLINE_SECONDS": "120",
+    "FORKPOINT_VMM_CALL_TIMEOUT_SECONDS": "60",
+}
+
+
+class Teller:
+    """Writes what was seen, a JSON object a line."""
+
+    def __init__(self, device: str) -> None:
+        self._file = open(device, "w", encoding="ascii")  # noqa: SIM115  # for the whole process
+        tty.setraw(self._file.fileno())
+        self._start = time.monotonic()
+
+    def tell(self, what: str, **facts: object) -> None:
+        """One line, with the seconds since the story began."""
+        line = {"what": what, "seconds": round(time.monotonic() - self._start, 1), **facts}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+class Guest:
+    """A sandbox whose first process does what is written to its console."""
+
+    def __init__(self, sandbox: sync.Sandbox) -> None:
+        self.sandbox = sandbox
+        self._asked = 0
+
+    def run(self, command: str) -> str:
+        """What a command prints. Raises where it fails."""
+        self._asked += 1
+        tag = f"{self.sandbox.id}/{self._asked}"
+        end = re.compile(rb"^" + tag.encode() + rb" (\d+)\n", re.MULTILINE)
+        said = self.sandbox.console.ask(f"{tag} {command}", until=end, timeout=ASK_SECONDS)
+        found = end.search(said)
+        assert found is not None
+        output = said[: found.start()].decode()
+        if found[1] != b"0":
+            raise RuntimeError(f"{self.sandbox.id}: `{command}` exits {found[1]!r}: {output}")
+        return output
+
+    def write(self, *writes: plan.Write) -> None:
+        """Does these, one after the other."""
+        self.run(" && ".join(write.shell() for write in writes))
+
+    def look(self) -> dict[str, object]:
+        """All files' hashes, how much was read from each drive for that, and who the guest is."""
+        before = self.sectors_read()
+        hashes = self.run("find /mem /book /disk -type f -exec sha256sum {} +").splitlines()
+        after = self.sectors_read()
+        boot_id, ticker, ticks, uptime = self.run(
+            "cat /proc/sys/kernel/random/boot_id /ticker /ticks && cut -d' ' -f1 /proc/uptime"
+        ).split()
+        return {
+            "files": {path: digest for digest, path in (line.split() for line in hashes)},
+            "sectors_read": {name: after[name] - before[name] for name in after},
+            "boot_id": boot_id,
+            "ticker": int(ticker),
+            "ticker_lives": self.run(f"kill -0 {ticker} && echo yes || echo no").strip() == "yes",
+            "ticks": int(ticks),
+            "uptime": float(uptime),
+        }
+
+    def sectors_read(self) -> dict[str, int]:
+        """Of 512 bytes, by drive, since the guest booted (Documentation/block/stat.rst)."""
+        lines = self.run("cd /sys/block && for d in vd*; do echo $d $(cat $d/stat); done")
+        return {line.split()[0]: int(line.split()[3]) for line in lines.splitlines()}
+
+    def forget_caches(self) -> None:
+        """All that is clean leaves the page cache; what was written goes to the disk first."""
+        self.run("sync && echo 3 >/proc/sys/vm/drop_caches")
+
+
+@contextmanager
+def serving() -> Iterator[sync.Client]:
+    """A forkpointd, and a client of it."""
+    command = [sys.executable, "-m", "forkpointd", "serve"]
+    command += ["--data-dir", str(DATA), "--listen", f"unix:{SOCKET}"]
+    command += ["--image-root", str(IMAGES)]
+    with SERVER_LOG.open("wb") as log:
+        server = subprocess.Popen(command, env=os.environ | SLOW_HOST, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + START_SECONDS
+        while not SOCKET.exists():
+            if server.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the server does not serve (exit code {server.poll()})")
+            time.sleep(0.1)
+        with sync.connect(f"unix:{SOCKET}", timeout=ASK_SECONDS) as client:
+            yield client
+        server.send_signal(signal.SIGTERM)
+        server.wait(START_SECONDS)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def tell_story(teller: Teller, client: sync.Client) -> None:
+    """From the boot of the source to the last look at it."""
+    sandbox = client.sandboxes.create(
+        SOURCE,
+        kernel=IMAGES / "vmlinux",
+        initrd=IMAGES / "inner.img",
+        memory_mib=MEMORY_MIB,
+        boot_args="console=ttyS0 reboot=k panic=1 quiet",
+        drives=[Drive("book", str(IMAGES / "book.ext4"))],
+    )
+    sandbox.console.expect(b"inner: ready\n", timeout=START_SECONDS)
+    source = Guest(sandbox)
+    teller.tell("booted", kernel=source.run("uname -r").strip())
+    source.run("mount -t ext4 -o ro /dev/vda /book && cat /book/book >/dev/null")
+
+    for chapter in plan.CHAPTERS:
+        source.write(*chapter.writes)
+        look(teller, source, f"before {chapter.snapshot}")
+        branch(teller, source, chapter)
+        look(teller, source, f"after {chapter.snapshot}")
+    snapshot = client.snapshots.get(plan.FLATTENED).flatten(timeout=ASK_SECONDS)
+    teller.tell("flattened", snapshot=snapshot.id, layout=snapshot.layout.value)
+
+    source.write(*plan.AFTERWARDS)
+    for chapter in plan.CHAPTERS:
+        fork(teller, client.snapshots.get(chapter.snapshot))
+        look(teller, source, f"after the children of {chapter.snapshot}")
+    source.forget_caches()
+    look(teller, source, "at the end")
+    source.sandbox.delete()
+
+
+def branch(teller: Teller, source: Guest, chapter: plan.Chapter) -> None:
+    """One branch, as it ended."""
+    branching = source.sandbox.branching(
+        mode=chapter.mode, layout=chapter.layout, snapshot_id=chapter.snapshot
+    )
+    snapshot = branching.wait()
+    last = branching.last
+    assert last is not None
+    assert last.pause is not None
+    teller.tell(
+        "branched",
+        snapshot=snapshot.id,
+        mode=snapshot.mode.value,
+        layout=last.layout.value,
+        parent=snapshot.parent_snapshot_id,
+        disk_bytes=snapshot.disk_bytes,
+        dirty_bytes=snapshot.dirty_bytes,
+        memory_bytes=snapshot.memory_mib << 20,
+        pause_seconds=last.pause.total.total_seconds(),
+    )
+
+
+def fork(teller: Teller, snapshot: sync.Snapshot) -> None:
+    """Two children wake up, both write, both look at their disks."""
+    with snapshot.fork(len(plan.CHILDREN), fork_id=f"of-{snapshot.id}", strict=True) as children:
+        guests = {child.id: Guest(child) for child in children}
+        pairs = [(n, guests[plan.child_id(snapshot.id, n)]) for n in plan.CHILDREN]
+        for _, guest in pairs:
+            look(teller, guest, "woken")
+        for number, guest in pairs:
+            guest.write(*plan.child_writes(snapshot.id, number))
+        for _, guest in pairs:
+            look(teller, guest, "written")
+        for _, guest in pairs:
+            guest.forget_caches()
+        for _, guest in pairs:
+            look(teller, guest, "without caches")
+
+
+def look(teller: Teller, guest: Guest, when: str) -> None:
+    """What a guest finds now."""
+    sandbox = guest.sandbox.refresh()
+    teller.tell("look", who=sandbox.id, when=when, pid=sandbox.pid, **guest.look())
+
+
+def check_data_folder(teller: Teller) -> None:
+    """What fsck finds, now that the server is gone."""
+    command = [sys.executable, "-m", "forkpointd", "fsck", "--json", "--data-dir", str(DATA)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    teller.tell("fsck", code=done.returncode, said=(done.stdout + done.stderr)[-4000:])
+
+
+def main(device: str) -> int:
+    """Tells it all; what goes wrong as well."""
+    teller = Teller(device)
+    try:
+        with serving() as client:
+            teller.tell("serving", vmm=str(client.server.info().vmm))
+            tell_story(teller, client)
+        check_data_folder(teller)
+    except BaseException as error:  # noqa: BLE001  # told to the tests, who have nothing else
+        trace = "".join(traceback.format_exception(error))
+        log = SERVER_LOG.read_text(errors="replace") if SERVER_LOG.exists() else ""
+        teller.tell("broken", trace=trace[-8000:], server_log=log[-8000:])
+        return 1
+    teller.tell("end")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

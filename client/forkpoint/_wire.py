@@ -195,6 +195,9 @@ def fork(message: fork_pb2.Fork) -> views.ForkUpdate:
         error=from_status(message.error) if message.HasField("error") else None,
         create_time=_instant(message.create_time) if message.HasField("create_time") else None,
         end_time=_instant(message.end_time) if message.HasField("end_time") else None,
+        flatten=views.Progress(message.flatten.done_bytes, message.flatten.total_bytes)
+        if message.HasField("flatten")
+        else None,
     )
 
 

@@ -242,6 +242,8 @@ class ForkUpdate:
     error: ForkpointError | None
     create_time: datetime | None
     end_time: datetime | None
+    flatten: Progress | None = None
+    """What the children wait for: their snapshot is made one file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

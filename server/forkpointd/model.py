@@ -416,13 +416,20 @@ class LayeredRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Flattening:
-    """How far it is that a snapshot becomes FLAT."""
+class FlattenProgress:
+    """How far a flatten is."""
 
-    snapshot: Snapshot
     done_bytes: int
     total_bytes: int
     """0 as long as it isn't known, and where nothing has to be copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flattening:
+    """A snapshot that becomes FLAT."""
+
+    snapshot: Snapshot
+    progress: FlattenProgress
 
 
 class BranchStage(StrEnum):
@@ -626,6 +633,8 @@ class Fork:
     branch_id: str | None = None
     error: Problem | None = None
     end_time: datetime | None = None
+    flatten: FlattenProgress | None = None
+    """Only shown, never stored: what the children wait for."""
 
 
 # --- pages and repeated requests ---------------------------------------------------------------

@@ -12,7 +12,14 @@ import grpc
 import grpc.aio
 import pytest
 
-from forkpoint.v1 import branch_pb2, sandbox_pb2, snapshot_pb2, snapshot_service_pb2
+from forkpoint.v1 import (
+    branch_pb2,
+    fork_pb2,
+    sandbox_pb2,
+    sandbox_service_pb2,
+    snapshot_pb2,
+    snapshot_service_pb2,
+)
 from forkpointd.images import can_reflink
 from forkpointd.model import MIB
 from forkpointd.vmm import Binary
@@ -166,6 +173,29 @@ async def test_forks_at_once_share_one_flatten(house: House) -> None:
     expected = await source.verify(REGION_MIB)
     for fork in forks:
         assert await Guest(house, fork.children[2].sandbox_id).verify(REGION_MIB) == expected
+
+
+async def test_a_fork_shows_the_flatten_that_it_waits_for(house: HeldHouse) -> None:
+    source = await written_source(house)
+    await layers(house, source, 1)
+    request = sandbox_service_pb2.ForkSandboxesRequest(
+        snapshot_id="layer-0", fork=fork_pb2.ForkSpec(count=2, fork_id="kids")
+    )
+    async with house.held("flatten") as hold:
+        seen = []
+        call = house.sandboxes.ForkSandboxes(request)
+        async for response in call:
+            seen.append(response.fork)
+            if response.fork.HasField("flatten"):
+                await hold.reached()
+                hold.release()
+    assert any(fork.HasField("flatten") for fork in seen)
+    assert not seen[-1].HasField("flatten"), "it is over"
+    assert seen[-1].ready_count == 2
+    sequences = [fork.sequence for fork in seen]
+    assert sequences == sorted(set(sequences))
+    flat = await house.fork("layer-0")
+    assert not flat.HasField("flatten")
 
 
 @pytest.mark.parametrize("reflinks", [False, True])

@@ -80,6 +80,8 @@ def fork(
                     while (update := await children.next()) is not None:
                         if isinstance(update, BranchUpdate):
                             display.update(update)
+                        else:
+                            display.update_fork(update)
                     await children.wait()
             return children
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from forkpoint import views
 from forkpoint.cli import output
 from forkpoint.enums import BranchMode, BranchStage, CopyMethod, StagingKind
-from forkpoint.views import BranchUpdate, PauseWindow
+from forkpoint.views import BranchUpdate, ForkUpdate, PauseWindow
 
 _WORDS = {
     BranchStage.QUEUED: "waits for an earlier branch or its turn to copy",
@@ -112,6 +112,7 @@ class BranchDisplay(_Display):
         self._terse = terse
         self._shown: BranchStage | None = None
         self._pause_told = False
+        self._flatten_told = False
         self._bars: dict[str, TaskID] = {}
 
     def update(self, update: BranchUpdate) -> None:
@@ -124,8 +125,19 @@ class BranchDisplay(_Display):
             self._bar("pre-copy", update.precopy, note)
         if update.merge is not None:
             self._bar("merge", update.merge, "")
+        if update.fork is not None:
+            self.update_fork(update.fork)
         if not self._terse:
             self._tell(update)
+
+    def update_fork(self, update: ForkUpdate) -> None:
+        """Shows what children wait for."""
+        if self._quiet or update.flatten is None:
+            return
+        self._bar("flatten", update.flatten, "")
+        if self._progress is None and not self._flatten_told:
+            self._flatten_told = True
+            self._console.print("flatten: makes the layered snapshot one file, for the children")
 
     def _wait_for_window(self, update: BranchUpdate) -> None:
         """Something that moves while a FULL window, which takes seconds, is open."""

@@ -17,7 +17,7 @@ from forkpointd.images import (
     StoredSnapshot,
     allocated_bytes,
 )
-from forkpointd.model import ForkpointError, Reason
+from forkpointd.model import FlattenProgress, ForkpointError, Reason
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.snapshots import Snapshots, image_damaged, snapshot_not_found
 from forkpointd.sandboxes.tasks import Tasks
@@ -60,13 +60,14 @@ class Flattener:
         """
         return await asyncio.shield(self._job(snapshot_id).task)
 
-    async def watch(self, snapshot_id: str) -> AsyncIterator[tuple[int, int]]:
-        """The same: bytes done and in all, as they change, at least once."""
+    async def watch(self, snapshot_id: str) -> AsyncIterator[FlattenProgress]:
+        """The same: how far it is, as that changes, at least once."""
         job = self._job(snapshot_id)
         told = None
         while True:
             ended = job.task.done()
-            if (state := (job.meter.done_bytes, job.meter.total_bytes)) != told:
+            state = FlattenProgress(job.meter.done_bytes, job.meter.total_bytes)
+            if state != told:
                 yield state
                 told = state
             if ended:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 SANDBOXES = Table("sandboxes", Sandbox, "sandbox_id")
 SNAPSHOTS = Table("snapshots", Snapshot, "snapshot_id")
 BRANCHES = Table("branches", Branch, "branch_id")
-FORKS = Table("forks", Fork, "fork_id", elsewhere=frozenset({"children"}))
+FORKS = Table("forks", Fork, "fork_id", elsewhere=frozenset({"children", "flatten"}))
 CHILDREN = Table("fork_children", ForkChild, "sandbox_id")
 REQUESTS = Table("requests", RememberedRequest, "request_id")
 

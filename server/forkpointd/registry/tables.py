@@ -27,7 +27,7 @@ class Table(Generic[T]):
     def __init__(
         self, name: str, kind: type[T], key: str, *, elsewhere: frozenset[str] = frozenset()
     ) -> None:
-        """`elsewhere` are fields that another table holds."""
+        """`elsewhere` are fields that another table holds, or none."""
         hints = typing.get_type_hints(kind)
         self.name = name
         self.key = key

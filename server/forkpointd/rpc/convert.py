@@ -251,7 +251,12 @@ def _fork_head(it: model.Fork) -> fork_pb2.Fork:
         error=_error(it.error),
         create_time=timestamp(it.create_time),
         end_time=optional_timestamp(it.end_time),
+        flatten=None if it.flatten is None else _flatten(it.flatten),
     )
+
+
+def _flatten(it: model.FlattenProgress) -> fork_pb2.FlattenProgress:
+    return fork_pb2.FlattenProgress(done_bytes=it.done_bytes, total_bytes=it.total_bytes)
 
 
 def _stage_entry(it: model.StageEntry) -> branch_pb2.BranchStageEntry:

@@ -63,8 +63,8 @@ class SnapshotService:
                 await call.write(
                     pb.FlattenSnapshotResponse(
                         snapshot=convert.snapshot(each.snapshot),
-                        done_bytes=each.done_bytes,
-                        total_bytes=each.total_bytes,
+                        done_bytes=each.progress.done_bytes,
+                        total_bytes=each.progress.total_bytes,
                     )
                 )
 

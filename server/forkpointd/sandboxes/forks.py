@@ -126,7 +126,7 @@ class Forks:
         try:
             stored = await self._sandboxes.starter.check_loadable(snapshot.snapshot_id)
             # Before there are rows: a server that is killed meanwhile begins again.
-            stored = await self._sandboxes.snapshots.flat(stored)
+            fork, stored = await self._flat(fork, stored)
         except ForkpointError as error:
             return await self.fail(fork_id, error.problem)
         fork = await self._commit(replace(fork, stage=ForkStage.STARTING))
@@ -220,6 +220,13 @@ class Forks:
         outcomes: asyncio.Queue[_Outcome] = asyncio.Queue()
         for outcome in known:
             outcomes.put_nowait(outcome)
+        waiting = len(lives) + len(known)
+        try:
+            fork, stored = await self._flat(fork, stored)
+        except Exception as error:  # noqa: BLE001 - whatever it is, each child has its outcome
+            for live in lives:
+                outcomes.put_nowait(_no_start(index_of[live.sandbox_id], live, error))
+            lives = ()
         starts = [
             self.tasks.start_unwatched(
                 self._start_child(index_of[live.sandbox_id], live, stored, outcomes),
@@ -227,7 +234,6 @@ class Forks:
             )
             for live in lives
         ]
-        waiting = len(lives) + len(known)
         while waiting:
             batch = [await outcomes.get()]
             while not outcomes.empty():
@@ -245,6 +251,17 @@ class Forks:
         self._sandboxes.expiry_changed()
         return await self._end(fork, ForkStage.READY, None)
 
+    async def _flat(self, fork: ForkRow, stored: StoredSnapshot) -> tuple[ForkRow, StoredSnapshot]:
+        """The snapshot as one file; the fork shows how far that is as long as it waits for it."""
+        if stored.manifest.layer is None:
+            return fork, stored
+        snapshots, feed = self._sandboxes.snapshots, self._feeds[fork.fork_id]
+        async for progress in snapshots.flatten_progress(fork.snapshot_id):
+            fork = replace(fork, sequence=fork.sequence + 1, flatten=progress)
+            feed.publish(fork, milestone=False)
+        stored = await self._sandboxes.starter.check_loadable(fork.snapshot_id)
+        return replace(fork, flatten=None), stored
+
     async def _start_child(
         self,
         index: int,
@@ -253,21 +270,14 @@ class Forks:
         outcomes: asyncio.Queue[_Outcome],
     ) -> None:
         try:
-            stored = await self._sandboxes.snapshots.flat(stored)
             async with self._starts, live.turn:
                 live.require_not_deleting()
                 # At once, not with the outcome: a delete that waits for the turn ends it.
                 vmm = live.vmm = await self._sandboxes.starter.load(live.row, stored)
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # whatever it is, the fork must have an outcome for this child
-            failure = start_failure(live.sandbox_id, error)
-            if not isinstance(failure, ForkpointError):
-                log.error("child %s did not start", live.sandbox_id, exc_info=error)
-                failure = ForkpointError(
-                    Reason.INTERNAL, f"child {live.sandbox_id} did not start: {error}"
-                )
-            outcomes.put_nowait(_Outcome(index, live, problem=failure.problem))
+        except Exception as error:  # noqa: BLE001 - whatever it is, this child has its outcome
+            outcomes.put_nowait(_no_start(index, live, error))
         else:
             outcomes.put_nowait(_Outcome(index, live, vmm=vmm))
 
@@ -350,6 +360,15 @@ class Forks:
     async def close(self) -> None:
         """Stops following forks; a restart finishes them."""
         await self.tasks.cancel()
+
+
+def _no_start(index: int, live: LiveSandbox, error: Exception) -> _Outcome:
+    """The outcome of a child that did not start."""
+    failure = start_failure(live.sandbox_id, error)
+    if not isinstance(failure, ForkpointError):
+        log.error("child %s did not start", live.sandbox_id, exc_info=error)
+        failure = ForkpointError(Reason.INTERNAL, f"child {live.sandbox_id} did not start: {error}")
+    return _Outcome(index, live, problem=failure.problem)
 
 
 def new_fork(spec: ForkSpec, snapshot_id: str, *, branch_id: str | None) -> ForkRow:

@@ -22,6 +22,7 @@ from forkpointd.images import Chain, SnapshotStore, StoredSnapshot
 from forkpointd.model import (
     DirtyBase,
     Flattening,
+    FlattenProgress,
     ForkpointError,
     Layout,
     Page,
@@ -42,8 +43,8 @@ class Flattener(Protocol):
     async def flatten(self, snapshot_id: str) -> StoredSnapshot:
         """The snapshot, FLAT from now on."""
 
-    def watch(self, snapshot_id: str) -> AsyncIterator[tuple[int, int]]:
-        """The same: bytes done and in all, as they change, at least once."""
+    def watch(self, snapshot_id: str) -> AsyncIterator[FlattenProgress]:
+        """The same: how far it is, as that changes, at least once."""
 
 
 class Snapshots:
@@ -72,13 +73,19 @@ class Snapshots:
     async def flattening(self, snapshot_id: str) -> AsyncIterator[Flattening]:
         """The same, step by step. One who leaves ends nothing."""
         snapshot = await self.get(snapshot_id)
+        progress = FlattenProgress(0, 0)
         if snapshot.layout is Layout.FLAT:
-            yield Flattening(snapshot, 0, 0)
+            yield Flattening(snapshot, progress)
             return
+        async for progress in self.flatten_progress(snapshot_id):
+            yield Flattening(snapshot, progress)
+        yield Flattening(await self.get(snapshot_id), progress)
+
+    def flatten_progress(self, snapshot_id: str) -> AsyncIterator[FlattenProgress]:
+        """How far the flatten of a LAYERED snapshot is, which is begun unless it is at work. Raises
+        what `flat` raises."""
         assert self.flattener is not None, "the server is built"
-        async for done, total in self.flattener.watch(snapshot_id):
-            yield Flattening(snapshot, done, total)
-        yield Flattening(await self.get(snapshot_id), done, total)
+        return self.flattener.watch(snapshot_id)
 
     async def get(self, snapshot_id: str) -> Snapshot:
         """A READY snapshot."""

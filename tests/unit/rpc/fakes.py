@@ -254,9 +254,10 @@ class FakeSnapshots(Scripted):
 
     async def flattening(self, snapshot_id: str) -> AsyncIterator[model.Flattening]:
         layered = replace(await self.get(snapshot_id), layout=model.Layout.LAYERED)
-        yield model.Flattening(layered, 0, 0)
-        yield model.Flattening(layered, 5, 10)
-        yield model.Flattening(replace(layered, layout=model.Layout.FLAT), 10, 10)
+        flat = replace(layered, layout=model.Layout.FLAT)
+        yield model.Flattening(layered, model.FlattenProgress(0, 0))
+        yield model.Flattening(layered, model.FlattenProgress(5, 10))
+        yield model.Flattening(flat, model.FlattenProgress(10, 10))
 
 
 class FakeWriter:

@@ -127,6 +127,7 @@ def fork(fork_id: str = "fork-1", **changes: object) -> model.Fork:
         "branch_id": "branch-1",
         "error": problem(model.Reason.CHILDREN_FAILED),
         "end_time": at(4),
+        "flatten": model.FlattenProgress(4_096, 8_192),
     }
     return model.Fork(**{**fields, **changes})  # type: ignore[arg-type]
 

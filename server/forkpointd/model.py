@@ -229,7 +229,8 @@ class DirtyBaseState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UnmergedDiff:
-    """A diff whose pages exist nowhere else: its merge failed (the disk was full)."""
+    """A diff whose pages exist nowhere else: a layer that is being stored, or one that could not
+    be merged (the disk was full)."""
 
     memory_path: Path
     extents_path: Path
@@ -248,6 +249,7 @@ class DirtyBase:
     branch_id: str | None = None
     """Only PENDING: whose window may have cleared the dirty log."""
     unmerged: tuple[UnmergedDiff, ...] = ()
+    """Oldest first. INVALID: what is still to be stored as layers, and no base of a next diff."""
     invalid_reason: str = ""
 
     @classmethod
@@ -272,6 +274,33 @@ class DirtyBase:
     def back_to_valid(self) -> DirtyBase:
         """This base again: the window certainly left the dirty log whole."""
         return replace(self, state=DirtyBaseState.VALID, branch_id=None)
+
+    def unusable(self, reason: str) -> DirtyBase:
+        """Nothing for the next diff to stand on. What is being stored is stored all the same."""
+        return replace(self, state=DirtyBaseState.INVALID, branch_id=None, invalid_reason=reason)
+
+    def over(self, diff: UnmergedDiff) -> DirtyBase:
+        """The base after a window that wrote this."""
+        return replace(self.back_to_valid(), unmerged=(*self.unmerged, diff))
+
+    def below(self, branch_id: str) -> DirtyBase | None:
+        """What the diff of a branch lies over; None where this has no such diff."""
+        for number, diff in enumerate(self.unmerged):
+            if diff.branch_id == branch_id:
+                return replace(self.back_to_valid(), unmerged=self.unmerged[:number])
+        return None
+
+    def stored(self, branch_id: str, snapshot_id: str) -> DirtyBase:
+        """This base once the diff of a branch, with all below it, is a snapshot."""
+        below = self.below(branch_id)
+        assert below is not None, "what is stored was there"
+        left = self.unmerged[len(below.unmerged) + 1 :]
+        return replace(self, snapshot_id=snapshot_id, unmerged=left)
+
+    def cut_at(self, branch_id: str, reason: str) -> DirtyBase:
+        """INVALID, for the diff of a branch is lost, and with it all above it."""
+        below = self.below(branch_id)
+        return (self if below is None else below).unusable(reason)
 
 
 class ExitCause(StrEnum):

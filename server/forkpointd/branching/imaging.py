@@ -24,6 +24,7 @@ from forkpointd.images import (
     CopyResult,
     Draft,
     Extents,
+    ImageError,
     Layer,
     Reservation,
     allocated_bytes,
@@ -145,7 +146,34 @@ def _compose(
 
 
 def _as_layer(diff: UnmergedDiff) -> Layer:
-    return Layer(diff.memory_path, load_extents(diff.extents_path).extents)
+    """Raises DiffLost, OSError."""
+    try:
+        stored = load_extents(diff.extents_path)
+        size_bytes = diff.memory_path.stat().st_size
+    except FileNotFoundError as error:
+        raise DiffLost(diff.branch_id, f"{error.filename} is not there") from error
+    except ImageError as error:
+        raise DiffLost(diff.branch_id, str(error)) from error
+    if size_bytes != stored.memory_bytes:
+        raise DiffLost(
+            diff.branch_id,
+            f"{diff.memory_path} has {size_bytes} bytes, not {stored.memory_bytes}",
+        )
+    return Layer(diff.memory_path, stored.extents)
+
+
+def check_diffs(diffs: Sequence[UnmergedDiff]) -> None:
+    """Whether kept diffs are there. Raises DiffLost for the first that isn't, OSError."""
+    for diff in diffs:
+        _as_layer(diff)
+
+
+class DiffLost(ImageError):
+    """A diff that no snapshot has yet is gone, cut or altered."""
+
+    def __init__(self, branch_id: str, why: str) -> None:
+        super().__init__(f"the diff of branch {branch_id} is lost: {why}")
+        self.branch_id = branch_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +212,12 @@ def merge_staged_diff(staged: Staged, draft: Draft, meter: Meter, pace: Pace) ->
 
 
 def place_layer(
-    staged: Staged, unmerged: Sequence[UnmergedDiff], draft: Draft, meter: Meter, pace: Pace
+    staged: Staged, diffs: Sequence[UnmergedDiff], draft: Draft, meter: Meter, pace: Pace
 ) -> Extents:
-    """Makes the window's diff a layer, with the diffs before it that no snapshot has; copies the
-    vmstate beside it. Returns what the layer holds. What a former server began is begun again."""
-    window = Layer(staged.memory_path, load_extents(staged.extents_path).extents)
-    layers = [*map(_as_layer, unmerged), window]
+    """Makes the window's diff, the last of `diffs`, a layer, with those before it that no snapshot
+    has; copies the vmstate beside it. Returns what the layer holds. What a former server began is
+    begun again. Raises DiffLost, OSError."""
+    layers = list(map(_as_layer, diffs))
     memory_bytes = staged.memory_path.stat().st_size
     _copy_vmstate(staged, draft, pace)
     draft.layer_path.unlink(missing_ok=True)

@@ -8,6 +8,9 @@ and the pages that were written in the window are kept: in the snapshot, or with
 
     QUEUED -> PRECOPYING -> [dirty base PENDING] -> PAUSED, RESUMED -> MERGING -> FINALIZING
            -> [snapshot READY, dirty base VALID] -> FORKING -> READY
+
+A LAYERED branch copies nothing before its window, and is the next one's base from RESUMED on: there
+it gives its turn at the source away, and stands in line for its layer to be stored (`line.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from forkpointd.branching.admission import Holding, expected_diff_bytes
+from forkpointd.branching.admission import Holding, Plan, expected_diff_bytes
 from forkpointd.branching.imaging import (
     Meter,
     Staged,
+    check_diffs,
     make_image,
     merge_staged_diff,
     place_layer,
     place_staged_full,
 )
+from forkpointd.branching.line import Place, SourceLine
 from forkpointd.branching.quiet import Pace
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.source import Source, write_failed
@@ -78,15 +83,17 @@ class BranchLife:
         record: BranchRecord,
         live: LiveSandbox | None,
         holding: Holding,
-        source_turn: asyncio.Lock,
+        line: SourceLine,
     ) -> None:
         self.record = record
         self.past_queue = asyncio.Event()
-        """Set once the branch no longer holds its source's turn (or has ended)."""
+        """Set once nothing of it is left to be done at the source (or it has ended)."""
         self._shop = shop
-        self._source_or_none = None if live is None else Source(shop, live, record)
+        self._source_or_none = None if live is None else Source(shop, live, record, line)
         self._holding = holding
-        self._source_turn = source_turn
+        self._line = line
+        self._turn = AsyncExitStack()
+        self._place: Place | None = None
         self._until_window: asyncio.Task[Staged] | None = None
         self._stopped_by: ForkpointError | None = None
         self._draft: Draft | None = None
@@ -137,16 +144,24 @@ class BranchLife:
 
         await self._to_the_end(work)
 
-    async def run_from_merge(self, base: DirtyBase, staged: Staged, draft: Draft) -> None:
-        """From MERGING on, after a restart: the window is over, its diff and extents are there."""
+    def stand_in_line(self) -> None:
+        """Takes the last place in the line of its source: before anything is awaited, for a
+        restarted server, in the order of the windows."""
+        self._place = self._line.join()
+
+    async def run_from_merge(self, staged: Staged, draft: Draft) -> None:
+        """From MERGING on, after a restart: the window is over, its diff and extents are there. A
+        LAYERED one stands in line already."""
 
         async def work() -> None:
             assert self.branch.pause_window is not None
             self._draft = draft
-            self._source.base = base
             self._source.dirty_bytes = self.branch.pause_window.dirty_bytes
-            async with self._source_turn:
-                await self._after_resumed(staged)
+            if self._place is not None:
+                await self._store_in_line(staged)
+            else:
+                async with self._line.turn:
+                    await self._after_resumed(staged)
 
         await self._to_the_end(work)
 
@@ -222,12 +237,34 @@ class BranchLife:
         self.record.note_window(window)
         if self._holding.staged is not None:
             self._holding.staged.consume(max(0, window.dirty_bytes - self._ahead_bytes))
+        layered = self.branch.layout is Layout.LAYERED
         try:
-            await self.record.enter(BranchStage.PAUSED, BranchStage.RESUMED)
+            if layered:
+                async with self._source.live.editing() as draft:
+                    self._source.note_diff(staged, draft)
+                    await self.record.enter(BranchStage.PAUSED, BranchStage.RESUMED, source=draft)
+            else:
+                await self.record.enter(BranchStage.PAUSED, BranchStage.RESUMED)
         except Exception as error:  # noqa: BLE001 - whatever it was, the pages are kept
             await self._fail_with_diff(staged, error)
+            return
+        if layered:
+            self.stand_in_line()
+            await self._turn.aclose()  # the next window may open
+            await self._store_in_line(staged)
         else:
             await self._after_resumed(staged)
+
+    async def _store_in_line(self, staged: Staged) -> None:
+        """The rest, once all that this layer stands on is stored, or can't be."""
+        place = self._place
+        assert place is not None
+        try:
+            await self._line.first(place)
+            await self._after_resumed(staged)
+            await self._source.forget_invalid(but_for=1)
+        finally:
+            self._line.leave(place)
 
     async def _after_resumed(self, staged: Staged) -> None:
         """MERGING to READY (or FORKING)."""
@@ -257,24 +294,21 @@ class BranchLife:
 
     async def _to_the_window(self, held: AsyncExitStack) -> Staged:
         """Everything that can be undone; cancellable at any await."""
-        await held.enter_async_context(self._source_turn)
+        await held.enter_async_context(self._turn)
+        await self._turn.enter_async_context(self._line.turn)
         live, shop = self._source.live, self._shop
         live.require_callable()
         row = live.row
         await shop.run(lambda: check_drives_are_there(row.machine))
-        expected = await shop.run(lambda: expected_diff_bytes(row, live.last_diff, resident_bytes))
-        plan = shop.admission.decide(
-            row,
-            self.branch.requested_mode,
-            self.branch.max_pause_us,
-            self._holding.staging,
-            expected,
-        )
+        plan, layout, expected = await self._plan()
+        if layout is not Layout.LAYERED and self._line:
+            await self._line.empty()
+            plan, layout, expected = await self._plan()
         if plan.mode is not self._holding.mode:
             # AUTO, and an earlier branch changed what the base is: other room is needed.
             self._holding.release()
             self._holding = await shop.run(lambda: shop.admission.reserve(row, plan.mode))
-        base = self._source.base = row.dirty_base
+        base = self._source.base
         serial = await shop.registry.next_serial()
         self.record.branch = replace(
             self.branch,
@@ -282,13 +316,13 @@ class BranchLife:
             mode_reason=plan.reason,
             predicted_pause_us=plan.predicted_us,
             base_snapshot_id=base.snapshot_id if plan.mode is BranchMode.DIFF else None,
-            layout=await self._layout_of(plan.mode, base),
+            layout=layout,
             staging=self._holding.staging,
             staging_serial=serial,
         )
         self._draft = await shop.run(lambda: shop.store.draft(self.branch.branch_id))
-        if self.branch.layout is Layout.LAYERED:
-            await self._check_parent(base)
+        if layout is Layout.LAYERED:
+            await self._check_parent()
         elif plan.mode is BranchMode.DIFF:
             await self._precopy(base, self._draft)
         staged = await shop.windows.stage(self._holding.staging, serial, self._source.memory_bytes)
@@ -298,6 +332,21 @@ class BranchLife:
             await asyncio.shield(shop.windows.remove(staged))
             raise
         return staged
+
+    async def _plan(self) -> tuple[Plan, Layout, int]:
+        """Mode and layout for the source as it is now, and the bytes that the window is expected to
+        write."""
+        live, shop = self._source.live, self._shop
+        row = live.row
+        expected = await shop.run(lambda: expected_diff_bytes(row, live.last_diff, resident_bytes))
+        plan = shop.admission.decide(
+            row,
+            self.branch.requested_mode,
+            self.branch.max_pause_us,
+            self._holding.staging,
+            expected,
+        )
+        return plan, await self._layout_of(plan.mode, row.dirty_base), expected
 
     async def _layout_of(self, mode: BranchMode, base: DirtyBase) -> Layout:
         """A layer needs something to stand on; what stands on nothing is whole."""
@@ -310,12 +359,22 @@ class BranchLife:
         held = await self._shop.registry.bytes_of_chain(base.snapshot_id)
         return Layout.LAYERED if held >= least else Layout.FLAT
 
-    async def _check_parent(self, base: DirtyBase) -> None:
+    async def _check_parent(self) -> None:
         """A layer is no more than what it stands on."""
+        while not await self._is_there(self._source.base):
+            pass  # what the next one stands on is looked at anew
+
+    async def _is_there(self, base: DirtyBase) -> bool:
+        """Whether all that this base names is there. False: the base is another by now, for a layer
+        before this one was stored, and with it went what it was made of. Raises IMAGE_DAMAGED."""
         try:
             await self._shop.sandboxes.snapshots.check_base(base)
+            await self._shop.run(lambda: check_diffs(base.unmerged))
         except ImageError as error:
+            if self._source.base != base:
+                return False
             raise await self._source.lose_base(error) from error
+        return True
 
     async def _precopy(self, base: DirtyBase, draft: Draft) -> None:
         shop, record, meter = self._shop, self.record, Meter(self._holding.image)
@@ -393,13 +452,18 @@ class BranchLife:
         return None
 
     async def _place_layer(self, staged: Staged, draft: Draft, meter: Meter) -> LayerWitness:
-        base, shop = self._source.base, self._shop
-        assert base is not None and base.snapshot_id is not None, "a layer has a parent"
-        parent = await shop.registry.get_snapshot(base.snapshot_id, include_deleted=True)
+        """The layer, over what is stored by now of what its window stood on."""
+        shop, source = self._shop, self._source
+        parent_id, diffs = source.layer()
+        parent = await shop.registry.get_snapshot(parent_id, include_deleted=True)
         assert parent is not None, "a dirty base has a row"
-        extents = await shop.merges.run(
-            lambda pace: place_layer(staged, base.unmerged, draft, meter, pace)
-        )
+        try:
+            extents = await shop.merges.run(
+                lambda pace: place_layer(staged, diffs, draft, meter, pace)
+            )
+        except ImageError as error:
+            raise await source.lose_base(error) from error
+        self.record.branch = replace(self.branch, base_snapshot_id=parent_id)
         return LayerWitness(parent.branch_id, extents)
 
     async def _finalise(self, layer: LayerWitness | None) -> None:
@@ -449,17 +513,15 @@ class BranchLife:
         source = self._source
         stage = BranchStage.READY if self.branch.fork_id is None else BranchStage.FORKING
         async with source.live.editing() as draft:
-            source.base_becomes(snapshot.snapshot_id, draft)
+            old_base = source.base_becomes(snapshot.snapshot_id, draft)
             await self.record.become_ready(snapshot, stage, draft)
         self._shop.tasks.start_unwatched(
             self._shop.sandboxes.becomes_source(source.live), f"source {source.live.sandbox_id}"
         )
-        if source.base is not None:
-            old_base = source.base
-            await self._shop.run(lambda: remove_diffs(old_base))
-            self._shop.tasks.start_unwatched(
-                self._shop.sandboxes.snapshots.collect(), "collect snapshots"
-            )
+        await self._shop.run(lambda: remove_diffs(old_base))
+        self._shop.tasks.start_unwatched(
+            self._shop.sandboxes.snapshots.collect(), "collect snapshots"
+        )
 
     # --- children ---
 

@@ -46,13 +46,14 @@ class BranchRecord:
 
     # --- durable ---
 
-    async def enter(self, *stages: BranchStage) -> None:
-        """Enters a stage (or PAUSED and RESUMED together): durable first, then published. An end
-        that can't be made durable is published all the same; a restart then finds the branch
-        unfinished and ends it again."""
+    async def enter(self, *stages: BranchStage, source: RowDraft | None = None) -> None:
+        """Enters a stage (or PAUSED and RESUMED together), and changes the source's row in the same
+        commit: durable first, then published. An end that can't be made durable is published all
+        the same; a restart then finds the branch unfinished and ends it again."""
         branch = self._entering(*stages)
+        row = None if source is None else source.row
         try:
-            await self._shop.registry.put_branch(branch)
+            await self._shop.registry.put_branch(branch, sandbox=row)
         except Exception:
             if not branch.stage.ended:
                 raise

@@ -4,7 +4,8 @@
     base PENDING, no RESUMED               the window may have cleared the dirty log: the base is
                                            INVALID and the branch FAILED
     RESUMED, MERGING, FINALIZING           the diff and its extents are there: finished (on the
-                                           same boot; else FAILED, for pre-copies are not synced)
+                                           same boot; else FAILED, for pre-copies are not synced);
+                                           layers of one source in the order of their windows
     FORKING                                the snapshot is READY: the children are finished
 
 Staging files and drafts that no unfinished branch and no kept diff needs are removed.
@@ -17,19 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forkpointd.branching.imaging import Staged
+from forkpointd.branching.source import forget_invalid
 from forkpointd.branching.workshop import Workshop
 from forkpointd.images import Draft, StagingArea
 from forkpointd.model import (
     Branch,
     BranchStage,
-    DirtyBase,
     DirtyBaseState,
     Problem,
     Reason,
     StagingKind,
     now,
 )
-from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
+from forkpointd.sandboxes.live import LiveSandbox
 from forkpointd.vmm import boot_id
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ class Unfinished:
     """A branch that can be finished, and what it goes on with."""
 
     branch: Branch
-    base: DirtyBase
     staged: Staged
     draft: Draft
 
@@ -77,9 +77,16 @@ async def examine(shop: Workshop, areas: dict[StagingKind, StagingArea]) -> Reco
         else:
             await _fail(shop, branch)
             failed += 1
-    await _settle_forgotten_bases(shop, {work.branch.branch_id for work in to_merge})
+    await _settle_bases(shop, to_merge)
     removed = await _remove_leftovers(shop, areas, to_merge)
+    to_merge.sort(key=lambda work: _place_of(shop, work.branch))
     return Recovered(tuple(to_merge), tuple(to_fork), failed, removed)
+
+
+def _place_of(shop: Workshop, branch: Branch) -> int:
+    """Where the diff of a branch lies among those of its source: the order of their stores."""
+    below = shop.sandboxes.live[branch.sandbox_id].row.dirty_base.below(branch.branch_id)
+    return 0 if below is None else len(below.unmerged)
 
 
 async def _find_work(shop: Workshop, branch: Branch) -> Unfinished | None:
@@ -94,7 +101,6 @@ async def _find_work(shop: Workshop, branch: Branch) -> Unfinished | None:
     process = live.row.process
     if process is None or process.boot_id != boot_id():
         return None  # another boot: what was pre-copied was not synced, and may be lost in part
-    base = live.row.dirty_base.back_to_valid()
 
     def look() -> Draft | None:
         if not all(path.exists() for path in needed):
@@ -102,7 +108,7 @@ async def _find_work(shop: Workshop, branch: Branch) -> Unfinished | None:
         return shop.store.reopen_draft(branch.branch_id, branch.snapshot_id)
 
     draft = await shop.run(look)
-    return None if draft is None else Unfinished(branch, base, staged, draft)
+    return None if draft is None else Unfinished(branch, staged, draft)
 
 
 async def _fail(shop: Workshop, branch: Branch) -> None:
@@ -128,19 +134,22 @@ async def _fail(shop: Workshop, branch: Branch) -> None:
     await shop.registry.put_branch(ended)
 
 
-async def _settle_forgotten_bases(shop: Workshop, finishing: set[str]) -> None:
-    """A base that is PENDING a branch that has ended (a late window) is INVALID now."""
-    for live in shop.sandboxes.live.values():
+async def _settle_bases(shop: Workshop, to_merge: list[Unfinished]) -> None:
+    """A base that is PENDING a branch that has ended (a late window) is INVALID now, and one that
+    is INVALID is kept for as long only as a layer is to be stored over it."""
+    finishing = {work.branch.branch_id for work in to_merge}
+    stored_over = {work.branch.sandbox_id for work in to_merge}
+    for live in list(shop.sandboxes.live.values()):
         base = live.row.dirty_base
         if base.state is DirtyBaseState.PENDING and base.branch_id not in finishing:
             await _invalidate(shop, live, base.branch_id or "")
+        if live.sandbox_id not in stored_over:
+            await forget_invalid(shop, live)
 
 
 async def _invalidate(shop: Workshop, live: LiveSandbox, branch_id: str) -> None:
     why = f"the server ended in the pause window of branch {branch_id}"
-    old = live.row.dirty_base
-    await live.edit(lambda row: replace(row, dirty_base=DirtyBase.invalid(why)))
-    await shop.run(lambda: remove_diffs(old))
+    await live.edit(lambda row: replace(row, dirty_base=row.dirty_base.unusable(why)))
 
 
 async def _remove_leftovers(

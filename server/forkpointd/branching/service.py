@@ -13,6 +13,7 @@ from typing import Any
 
 from forkpointd.branching.admission import Holding, expected_diff_bytes
 from forkpointd.branching.life import BranchLife
+from forkpointd.branching.line import SourceLine
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.recovery import Recovered, examine
 from forkpointd.branching.unmerged import merge_kept_diffs
@@ -57,7 +58,7 @@ class Branches:
         self._max_queued_branches = max_queued_branches
         self._lives: dict[str, BranchLife] = {}
         self._feeds: dict[str, Feed[BranchView]] = {}
-        self._turns: dict[str, asyncio.Lock] = {}
+        self._lines: dict[str, SourceLine] = {}
         self._admitting: Counter[str] = Counter()
         """Branches that are being admitted, by their source: calls that come at once are many."""
         self._admissions: Repeats[Branch] = Repeats(shop.registry, shop.tasks)
@@ -163,8 +164,7 @@ class Branches:
         if fork is not None:
             self._shop.forks.show(fork, memory)
         record = BranchRecord(self._shop, BranchView(branch, None, fork))
-        turn = self._turns.setdefault(order.sandbox_id, asyncio.Lock())
-        life = BranchLife(self._shop, record, live, holding, turn)
+        life = BranchLife(self._shop, record, live, holding, self._line_of(order.sandbox_id))
         life.begin()
         self._follow(life, life.run())
         return branch
@@ -180,15 +180,18 @@ class Branches:
         life = self._lives.pop(branch_id)
         self._feeds.pop(branch_id, None)
         source = life.branch.sandbox_id
-        turn = self._turns.get(source)
+        line = self._lines.get(source)
         # It may be held by what is no branch at work: a late window, or the merge of a kept diff.
-        if turn is None or turn.locked():
+        if line is None or not line.is_idle:
             return
         if not any(other.branch.sandbox_id == source for other in self._lives.values()):
-            del self._turns[source]
+            del self._lines[source]
+
+    def _line_of(self, sandbox_id: str) -> SourceLine:
+        return self._lines.setdefault(sandbox_id, SourceLine())
 
     def _waiting_on(self, sandbox_id: str) -> int:
-        """Branches that have or await this source's turn, or are just being admitted to it."""
+        """Branches at work on this source, or waiting for it, or just being admitted to it."""
         return self._admitting[sandbox_id] + sum(
             life.branch.sandbox_id == sandbox_id and not life.past_queue.is_set()
             for life in self._lives.values()
@@ -225,7 +228,9 @@ class Branches:
         recovered = await examine(self._shop, areas)
         for work in recovered.to_merge:
             life = await self._restarted(work.branch, None)
-            self._follow(life, life.run_from_merge(work.base, work.staged, work.draft))
+            if work.branch.layout is Layout.LAYERED:
+                life.stand_in_line()
+            self._follow(life, life.run_from_merge(work.staged, work.draft))
         for branch in recovered.to_fork:
             snapshot = await self._shop.registry.get_snapshot(
                 branch.snapshot_id, include_deleted=True
@@ -248,7 +253,7 @@ class Branches:
             BranchRecord(self._shop, BranchView(branch, snapshot, fork)),
             live,
             Holding(branch.mode or BranchMode.DIFF, branch.staging or StagingKind.DISK, None, None),
-            self._turns.setdefault(branch.sandbox_id, asyncio.Lock()),
+            self._line_of(branch.sandbox_id),
         )
 
     # --- ending ---
@@ -305,10 +310,10 @@ class Branches:
         while True:
             await asyncio.sleep(KEPT_DIFF_SECONDS)
             for live in list(self._shop.sandboxes.live.values()):
-                turn = self._turns.get(live.sandbox_id)
-                if not live.row.dirty_base.unmerged or (turn is not None and turn.locked()):
+                line = self._lines.get(live.sandbox_id)
+                if not live.row.dirty_base.unmerged or (line is not None and not line.is_idle):
                     continue
-                async with self._turns.setdefault(live.sandbox_id, asyncio.Lock()):
+                async with self._line_of(live.sandbox_id).turn:
                     try:
                         await merge_kept_diffs(self._shop, live)
                     except (ForkpointError, OSError) as error:

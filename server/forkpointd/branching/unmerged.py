@@ -32,7 +32,8 @@ NO_VMSTATE = b"a dirty base: nothing starts from it"
 
 
 async def merge_kept_diffs(shop: Workshop, live: LiveSandbox) -> bool:
-    """Makes a hidden image of a source's base and its kept diffs. Held: the source's branch turn.
+    """Makes a hidden image of a source's base and its kept diffs. Held: the source's branch turn,
+    with nobody in line.
 
     Returns whether there was anything to do. Raises ForkpointError (no room) or OSError; then the
     diffs are kept as they were.

@@ -186,6 +186,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         CREATE INDEX layers_on_parent ON snapshots (parent_snapshot_id) WHERE layout = 'LAYERED'
         """,
     ),
+    (
+        # An INVALID base that has a snapshot needs it too: layers over it are still being stored.
+        "DROP INDEX sandboxes_on_base",
+        "ALTER TABLE sandboxes DROP COLUMN needed_snapshot_id",
+        """
+        ALTER TABLE sandboxes ADD COLUMN needed_snapshot_id TEXT
+            GENERATED ALWAYS AS (json_extract(dirty_base, '$.snapshot_id')) VIRTUAL
+        """,
+        """
+        CREATE INDEX sandboxes_on_base ON sandboxes (needed_snapshot_id)
+            WHERE needed_snapshot_id IS NOT NULL
+        """,
+    ),
 )
 
 

@@ -6,9 +6,10 @@ slot is measured once, in an order that rotates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict, dataclass, fields
 
+from bench import phases
 from bench.rounds import CONTROL, FLOOR, FORKPOINT
 
 PREALLOCATED = "floor-preallocated"
@@ -101,34 +102,19 @@ class Slot:
     every: int = 1
     """Takes part in each so-manieth round, from the first on: for what takes long."""
 
+    @property
+    def key(self) -> Hashable:
+        """What its rows have as `slot_key`."""
+        return self.role, self.mode, self.beside
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A cell, its slots, its number of rounds."""
-
-    cell: Cell
-    slots: tuple[Slot, ...]
-    rounds: int
-
-    def order(self, number: int) -> list[Slot]:
-        """The slots of a round. Each order is followed by its reverse, and then rotated: of any
-        two slots each goes first equally often."""
-        turned = number // 2 % len(self.slots)
-        slots = [*self.slots[turned:], *self.slots[:turned]]
-        if number % 2:
-            slots.reverse()
-        return [slot for slot in slots if number % slot.every == 0]
+    @property
+    def last(self) -> int:
+        """The number of its last window."""
+        return self.windows - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Jobs under one name; a CSV of its own."""
-
-    name: str
-    about: str
-    minutes: float
-    """Expected on two CPUs with a disk of 1 GB/s."""
-    jobs: tuple[Job, ...]
+Job = phases.Job[Cell, Slot]
+Phase = phases.Phase[Cell, Slot]
 
 
 def _slots(

@@ -7,10 +7,19 @@ whoever asked for it. A trial of forkpoint that failed, or was refused, counts a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from bench.claiming import (
+    Show,
+    finite,
+    milliseconds,
+    pairs_of,
+    ratio_finding,
+    seconds,
+    value_of,
+)
 from bench.pause_window.cells import (
     DIFF,
     FRESH,
@@ -20,8 +29,9 @@ from bench.pause_window.cells import (
     SIZES_MIB,
     Cell,
 )
-from bench.pause_window.rows import READY_SECONDS, Outcome, Row
+from bench.pause_window.rows import READY_SECONDS, Row
 from bench.rounds import CONTROL, FLOOR, FORKPOINT
+from bench.rows import Outcome
 from bench.stats import (
     RESAMPLES,
     TAIL_SAMPLES_NEEDED,
@@ -29,7 +39,6 @@ from bench.stats import (
     Goal,
     Pair,
     estimate,
-    estimate_ratio,
     quantile,
     ratio_of_quantiles,
 )
@@ -103,18 +112,6 @@ TARGETS = (
     READY_LARGE,
 )
 
-Show = Callable[[float], str]
-
-
-def milliseconds(microseconds: float) -> str:
-    """Of microseconds."""
-    return f"{microseconds / 1000:.2f} ms"
-
-
-def seconds(value: float) -> str:
-    """Of seconds."""
-    return f"{value:.3f} s"
-
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -125,30 +122,18 @@ class Series:
     number: int | None = None
     """Only this window of each slot; None: all."""
 
-    def values(self, rows: Sequence[Row], metric: str) -> dict[tuple[int, int], float]:
+    def values(self, rows: Sequence[Row], metric: str) -> Mapping[Hashable, float]:
         """By round and number; infinite where it failed or was refused."""
-        values = {}
+        values: dict[Hashable, float] = {}
         for row in rows:
             if row.role != self.role or row.mode != DIFF or row.beside != self.beside:
                 continue
             if self.number is not None and row.number != self.number:
                 continue
             key = row.round, 0 if self.number is not None else row.number
-            if row.outcome is not Outcome.OK:
-                values[key] = math.inf
-            elif metric in row.figures:
-                values[key] = row.figures[metric]
+            if (value := value_of(row, metric)) is not None:
+                values[key] = value
         return values
-
-
-def pairs_of(rows: Sequence[Row], metric: str, subject: Series, reference: Series) -> list[Pair]:
-    """What two series have from the same rounds. Where the reference failed there is no pair."""
-    ones, others = subject.values(rows, metric), reference.values(rows, metric)
-    return [
-        Pair(ones[key], other)
-        for key, other in others.items()
-        if key in ones and not math.isinf(other)
-    ]
 
 
 def findings(rows: Sequence[Row], *, resamples: int = RESAMPLES) -> list[Finding]:
@@ -187,15 +172,13 @@ def _is_100_mib(cell: Cell, pattern: str) -> bool:
 
 
 def _ratio(target: Target, rows: Sequence[Row], metric: str, show: Show, resamples: int) -> Finding:
-    pairs = pairs_of(rows, metric, Series(FORKPOINT), Series(FLOOR))
-    control = _finite(pairs_of(rows, metric, Series(CONTROL), Series(FLOOR)))
-    return Finding(
+    return ratio_finding(
         target,
-        estimate_ratio(pairs, resamples=resamples) if pairs else None,
-        control=estimate_ratio(control, resamples=resamples) if control else None,
-        reference_median=_median([pair.reference for pair in pairs], show),
-        subject_median=_median([pair.subject for pair in pairs], show),
+        pairs_of(rows, metric, Series(FORKPOINT), Series(FLOOR)),
+        pairs_of(rows, metric, Series(CONTROL), Series(FLOOR)),
+        show,
         failed=_bad(rows),
+        resamples=resamples,
     )
 
 
@@ -206,7 +189,7 @@ def _tail(rows: Sequence[Row], resamples: int) -> Finding:
         return estimate([pairs], lambda drawn: ratio_of_quantiles(drawn[0], 0.99), resamples)
 
     pairs = pairs_of(rows, VMM_TOTAL, Series(FORKPOINT), Series(FLOOR))
-    control = _finite(pairs_of(rows, VMM_TOTAL, Series(CONTROL), Series(FLOOR)))
+    control = finite(pairs_of(rows, VMM_TOTAL, Series(CONTROL), Series(FLOOR)))
     return Finding(
         IDLE_P99,
         judged(pairs),
@@ -223,7 +206,7 @@ def _slope(by_size: Sequence[Sequence[Row]], resamples: int) -> Finding:
         if not all(groups):
             return None
         return estimate(
-            [_finite(g) if role == CONTROL else g for g in groups], _ratio_of_slopes, resamples
+            [finite(g) if role == CONTROL else g for g in groups], _ratio_of_slopes, resamples
         )
 
     def shown(role: str) -> str:
@@ -263,15 +246,13 @@ def slope(medians: Sequence[float]) -> float:
 
 def _in_a_row(rows: Sequence[Row], resamples: int) -> Finding:
     tenth = Series(FORKPOINT, number=TENTH)
-    pairs = pairs_of(rows, VMM_TOTAL, tenth, Series(FORKPOINT, number=0))
-    control = _finite(pairs_of(rows, VMM_TOTAL, tenth, Series(FORKPOINT, number=TENTH - 1)))
-    return Finding(
+    return ratio_finding(
         TEN,
-        estimate_ratio(pairs, resamples=resamples) if pairs else None,
-        control=estimate_ratio(control, resamples=resamples) if control else None,
-        reference_median=_median([pair.reference for pair in pairs], milliseconds),
-        subject_median=_median([pair.subject for pair in pairs], milliseconds),
+        pairs_of(rows, VMM_TOTAL, tenth, Series(FORKPOINT, number=0)),
+        pairs_of(rows, VMM_TOTAL, tenth, Series(FORKPOINT, number=TENTH - 1)),
+        milliseconds,
         failed=_bad(rows),
+        resamples=resamples,
     )
 
 
@@ -283,7 +264,7 @@ class _Stretched:
 
 def _stretch(target: Target, rows: Sequence[Row], resamples: int) -> Finding:
     def judged(role: str) -> Estimate | None:
-        def alone_and_beside(role: str) -> dict[tuple[int, int], Pair]:
+        def alone_and_beside(role: str) -> dict[Hashable, Pair]:
             alone = Series(role).values(rows, VMM_TOTAL)
             loaded = Series(role, PRECOPIES).values(rows, VMM_TOTAL)
             return {key: Pair(loaded[key], alone[key]) for key in alone if key in loaded}
@@ -321,16 +302,8 @@ def _stretch_of(samples: Sequence[_Stretched]) -> float:
     return one / other
 
 
-def _finite(pairs: Sequence[Pair]) -> list[Pair]:
-    return [pair for pair in pairs if not math.isinf(pair.subject)]
-
-
 def _bad(rows: Sequence[Row]) -> int:
     return sum(row.role == FORKPOINT and row.outcome is not Outcome.OK for row in rows)
-
-
-def _median(values: Sequence[float], show: Show) -> str:
-    return show(median(values)) if values else ""
 
 
 def _tail_of(values: Sequence[float]) -> str:

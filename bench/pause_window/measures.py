@@ -33,8 +33,8 @@ from bench.pause_window.subjects import (
     Place,
     Subject,
     Taken,
-    need_room,
 )
+from bench.phase_running import need_room
 from bench.rounds import FORKPOINT
 
 PAGES_PER_MIB = 256

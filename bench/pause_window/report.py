@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.pause_window.cells import NOTHING, PHASES
 from bench.pause_window.claims import VMM_TOTAL, findings
-from bench.pause_window.plots import draw
-from bench.pause_window.rows import READY_SECONDS, Outcome, Row, newest, path_of, read_file
-from bench.pause_window.summary import Group, Spread, grouped, trials
-from bench.report import interval
+from bench.pause_window.plots import PLOTS as DRAWN
+from bench.pause_window.rows import READY_SECONDS, TABLE, Row
+from bench.phase_report import (
+    PLOTS,
+    REPORT,
+    markdown_table,
+    middle_text,
+    runs_section,
+    spread_text,
+    targets_section,
+    troubles,
+)
+from bench.plotting import draw
 from bench.rounds import FLOOR, FORKPOINT
+from bench.rows import Outcome, newest, path_of
 from bench.stats import RESAMPLES
+from bench.summary import Group, Spread, grouped
 from bench.targets import Finding
-
-REPORT, PLOTS = "RESULTS.md", "plots"
 
 SHOWN_NUMBERS = (1, 2, 5, 10, 20, 30, 50, 100)
 """Of a row of branches."""
@@ -60,101 +68,17 @@ ABOUT = {
 def write_report(results: Path, *, resamples: int = RESAMPLES) -> list[Finding]:
     """Writes RESULTS.md and the plots beside the folder of the CSVs; returns what was found out
     about each target. Raises ResultsError, OSError."""
-    everything = {name: read_file(path_of(results, name)) for name in PHASES}
+    everything = {name: TABLE.read(path_of(results, name)) for name in PHASES}
     rows = {name: newest(of) for name, of in everything.items()}
-    plots = draw(rows, results.parent / PLOTS)
+    plots = draw(DRAWN, rows, results.parent / PLOTS)
     found = findings([row for of in rows.values() for row in of], resamples=resamples)
-    parts = [INTRODUCTION, _targets(found), _runs(everything, rows)]
+    parts = [INTRODUCTION, targets_section(found, RULES), runs_section(everything, rows)]
     for name, of in rows.items():
         if of:
             parts.append(_phase(name, of, plots.get(name, [])))
     parts.append(_prediction([row for of in rows.values() for row in of]))
     (results.parent / REPORT).write_text("\n".join(parts), encoding="utf-8")
     return found
-
-
-def _targets(found: Sequence[Finding]) -> str:
-    table = [
-        (
-            "target",
-            "what",
-            "floor",
-            "forkpoint",
-            "ratio [95 %]",
-            "A/A [95 %]",
-            "n",
-            "bad",
-            "goal",
-            "",
-        )
-    ]
-    for finding in found:
-        samples = 0 if finding.estimate is None else finding.estimate.samples
-        cells = (
-            f"`{finding.target.name}`",
-            finding.target.compares,
-            finding.reference_median or "-",
-            finding.subject_median or "-",
-            interval(finding.estimate),
-            interval(finding.control),
-            str(samples),
-            str(finding.failed),
-            str(finding.target.goal),
-            f"**{finding.verdict}**",
-        )
-        table.append(cells)
-    lines = "\n".join(finding.line() for finding in found)
-    return f"## Targets\n\n{_table(table)}\n{RULES}\n```text\n{lines}\n```\n"
-
-
-def _runs(everything: Mapping[str, Sequence[Row]], rows: Mapping[str, Sequence[Row]]) -> str:
-    table = [("phase", "taken", "commit", "machine", "versions", "trials", "failed", "refused")]
-    left_out = 0
-    for name, of in rows.items():
-        left_out += trials(everything[name]) - trials(of)
-        if not of:
-            continue
-        group, machine = Group(of), of[0].machine
-        first, last = min(row.start for row in of), max(row.start for row in of)
-        table.append(
-            (
-                f"[{name}](results/{name}.csv)",
-                _span(first, last),
-                f"`{machine['commit'][:12]}{'+' if machine['commit'].endswith('+') else ''}`",
-                _host(machine),
-                _versions(machine),
-                str(group.trials),
-                str(group.count(Outcome.FAILED)),
-                str(group.count(Outcome.REFUSED)),
-            )
-        )
-    total = sum(trials(of) for of in rows.values())
-    note = f"{total} trials in all. A commit with `+`: the tree differed from it.\n"
-    if left_out:
-        note += f"{left_out} trials of other commits or machines are in the CSVs and not here.\n"
-    missing = [name for name, of in rows.items() if not of]
-    if missing:
-        note += f"Not measured: {', '.join(missing)}.\n"
-    return f"## Where and when\n\n{_table(table)}\n{note}"
-
-
-def _span(first: float, last: float) -> str:
-    start, end = (datetime.fromtimestamp(at, UTC) for at in (first, last))
-    return f"{start:%Y-%m-%d %H:%M} to {end:%H:%M} UTC"
-
-
-def _host(machine: Mapping[str, str]) -> str:
-    return (
-        f"{machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_mib']} MiB, kernel "
-        f"{machine['kernel']}, {machine['filesystem']}"
-    )
-
-
-def _versions(machine: Mapping[str, str]) -> str:
-    return (
-        f"Firecracker {machine['firecracker']}, forkpointd {machine['forkpointd']}, Python "
-        f"{machine['python']}, grpcio {machine['grpcio']}"
-    )
 
 
 # --- the prediction ----------------------------------------------------------------------------
@@ -190,17 +114,17 @@ def _prediction(rows: Sequence[Row]) -> str:
             (
                 *kind,
                 str(len(ratios)),
-                _spread(Spread.of(ratios), 1, 2),
+                spread_text(Spread.of(ratios), 1, 2),
                 f"{near / len(ratios):.0%}",
                 f"{longer / len(ratios):.0%}",
             )
         )
-    return f"{PREDICTED}\n{_table(table)}"
+    return f"{PREDICTED}\n{markdown_table(table)}"
 
 
 # --- one phase ---------------------------------------------------------------------------------
 
-Text = Callable[[Group], str]
+Text = Callable[[Group[Row]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,13 +180,13 @@ KEYS: Mapping[str, Callable[[_Key], object]] = {
 """Columns that stand only where they differ within the phase."""
 
 FIGURES: Mapping[str, Text] = {
-    "READY, s": lambda group: _spread(group.spread(READY_SECONDS), 1, 3),
-    "predicted, ms": lambda group: _middle(group.spread("predicted_us"), 1000, 2),
-    "written in window, MiB": lambda group: _middle(group.spread("dirty_bytes"), 1 << 20, 1),
-    "guest's gap, ms": lambda group: _spread(group.spread("guest_gap_us"), 1000, 2),
-    "load, MiB/s": lambda group: _middle(group.spread("load_bytes_per_second"), 1 << 20, 0),
-    "children/s": lambda group: _middle(group.spread("load_children_per_second"), 1, 0),
-    "calls/s": lambda group: _middle(group.spread("load_calls_per_second"), 1, 0),
+    "READY, s": lambda group: spread_text(group.spread(READY_SECONDS), 1, 3),
+    "predicted, ms": lambda group: middle_text(group.spread("predicted_us"), 1000, 2),
+    "written in window, MiB": lambda group: middle_text(group.spread("dirty_bytes"), 1 << 20, 1),
+    "guest's gap, ms": lambda group: spread_text(group.spread("guest_gap_us"), 1000, 2),
+    "load, MiB/s": lambda group: middle_text(group.spread("load_bytes_per_second"), 1 << 20, 0),
+    "children/s": lambda group: middle_text(group.spread("load_children_per_second"), 1, 0),
+    "calls/s": lambda group: middle_text(group.spread("load_calls_per_second"), 1, 0),
     "checked": lambda group: str(len(_checked(group)) or ""),
     "whole": lambda group: str(
         sum(not row.error for row in _checked(group)) if _checked(group) else ""
@@ -294,21 +218,21 @@ def _phase(name: str, rows: Sequence[Row], plots: Sequence[str]) -> str:
                 key.role,
                 str(group.trials),
                 str(group.count(Outcome.FAILED) + group.count(Outcome.REFUSED)),
-                _spread(group.spread("vmm_total_us"), 1000, 2),
+                spread_text(group.spread("vmm_total_us"), 1000, 2),
                 _of_floor(groups, key, "vmm_total_us" if name != "ready" else READY_SECONDS),
-                _middle(group.spread("total_us"), 1000, 2),
+                middle_text(group.spread("total_us"), 1000, 2),
                 *(texts[title][key] for title in extra),
             )
         )
     images = "".join(f"![{PHASES[name].about}]({PLOTS}/{plot})\n\n" for plot in plots)
     about = f"{ABOUT[name]}\n\n" if name in ABOUT else ""
     return (
-        f"## {name}: {PHASES[name].about}\n\n{images}{about}{_same(keys, groups)}{_table(table)}"
-        f"{_troubles(rows)}"
+        f"## {name}: {PHASES[name].about}\n\n{images}{about}{_same(keys, groups)}"
+        f"{markdown_table(table)}{troubles(rows)}"
     )
 
 
-def _same(keys: Sequence[str], groups: Mapping[_Key, Group]) -> str:
+def _same(keys: Sequence[str], groups: Mapping[_Key, Group[Row]]) -> str:
     """What all lines of the phase have in common."""
     key = next(iter(groups))
     values = {title: KEYS[title](key) for title in KEYS if title not in keys}
@@ -320,7 +244,7 @@ def _same(keys: Sequence[str], groups: Mapping[_Key, Group]) -> str:
     return f"All: {'; '.join(told)}.\n\n" if told else ""
 
 
-def _of_floor(groups: Mapping[_Key, Group], key: _Key, figure: str) -> str:
+def _of_floor(groups: Mapping[_Key, Group[Row]], key: _Key, figure: str) -> str:
     values = {name: getattr(key, name) for name in key.__slots__}
     floor = groups.get(_Key(**{**values, "role": FLOOR}))
     own = groups[key].spread(figure)
@@ -330,39 +254,5 @@ def _of_floor(groups: Mapping[_Key, Group], key: _Key, figure: str) -> str:
     return f"{own.median / reference.median:.2f}"
 
 
-def _troubles(rows: Sequence[Row]) -> str:
-    """The errors of a phase, each once."""
-    bad = grouped(
-        [row for row in rows if row.outcome is not Outcome.OK],
-        lambda row: (row.outcome.value, row.role, str(row.cell), row.error),
-    )
-    if not bad:
-        return ""
-    lines = [
-        f"- {role} {outcome} {len(group.rows)} times ({cell}): {error}"
-        for (outcome, role, cell, error), group in bad.items()
-    ]
-    return "\nFailed and refused trials:\n\n" + "\n".join(lines) + "\n"
-
-
-def _checked(group: Group) -> list[Row]:
+def _checked(group: Group[Row]) -> list[Row]:
     return [row for row in group.rows if "generation_changes" in row.figures]
-
-
-def _spread(spread: Spread | None, scale: float, digits: int) -> str:
-    if spread is None:
-        return ""
-    middle, low, high = (f"{v / scale:.{digits}f}" for v in (spread.median, spread.p10, spread.p90))
-    return f"{middle} [{low}, {high}]"
-
-
-def _middle(spread: Spread | None, scale: float, digits: int) -> str:
-    return "" if spread is None else f"{spread.median / scale:.{digits}f}"
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    head, *body = [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    ]
-    rule = "|" + " --- |" * len(lines[0])
-    return "\n".join([head, rule, *body]) + "\n"

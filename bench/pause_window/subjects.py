@@ -6,7 +6,6 @@ made is removed again, outside of all clocks, unless it is the base of the next 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Protocol
 
 from bench.cp import cp_seconds, make_dense, settle
 from bench.floor import FloorError, FloorVmm, FloorWindow
-from bench.machine import available_bytes
 from bench.pause_window.cells import (
     BEFORE_REGION_MIB,
     DISK,
@@ -29,20 +27,14 @@ from bench.pause_window.cells import (
 )
 from bench.pause_window.rows import READY_SECONDS, STAGES
 from bench.pause_window.sequential import copy_whole, fsync, lay_over
+from bench.phase_running import need_room
 from bench.rounds import CONTROL, FLOOR, FORKPOINT
 from bench.scratch import Scratch
 from bench.served import Served, ServedError
 from forkpoint.v1 import branch_pb2
 
-SPARE_MIB = 2048
-"""Of memory, left to the machine."""
-
 PageRange = tuple[int, int]
 """First page and number of pages of the witness's region."""
-
-
-class RefusedError(Exception):
-    """There is no room for this trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,20 +366,6 @@ def staging_name(branch: branch_pb2.Branch) -> str:
     """tmpfs or disk."""
     name = branch_pb2.StagingKind.Name(branch.pause_window.staging)
     return name.removeprefix("STAGING_KIND_").lower()
-
-
-def need_room(folder: Path, mib: int) -> None:
-    """Raises RefusedError where so much, and what the machine needs, is not there: in memory, and
-    on the folder's file system."""
-    free = shutil.disk_usage(folder).free >> 20
-    if free < mib + SPARE_MIB:
-        raise RefusedError(
-            f"{mib} MiB and {SPARE_MIB} to spare are needed on disk, {free} are free"
-        )
-    on_tmpfs = os.stat(folder).st_dev == os.stat("/dev/shm").st_dev
-    memory = available_bytes() >> 20
-    if on_tmpfs and memory < mib + SPARE_MIB:
-        raise RefusedError(f"{mib} MiB and {SPARE_MIB} to spare are needed in memory, not {memory}")
 
 
 class _Asked(Protocol):

@@ -23,10 +23,11 @@ from bench.pause_window.cells import (
 )
 from bench.pause_window.claims import TARGETS, findings, slope
 from bench.pause_window.report import write_report
-from bench.pause_window.rows import Outcome, Row, RowLog
-from bench.pause_window.summary import Spread
+from bench.pause_window.rows import TABLE, Row
 from bench.rounds import CONTROL, FLOOR, FORKPOINT
+from bench.rows import Outcome
 from bench.stats import Verdict, quantile
+from bench.summary import Spread
 from bench.targets import Finding
 
 RESAMPLES = 200
@@ -212,7 +213,7 @@ def some_of_all() -> dict[str, list[Row]]:
 def written(folder: Path, rows: dict[str, list[Row]]) -> str:
     results = folder / "results"
     for name, of in rows.items():
-        with RowLog(results, name, MACHINE) as log:
+        with TABLE.log(results, name, MACHINE) as log:
             for one in of:
                 log.add(one)
     write_report(results, resamples=RESAMPLES)
@@ -255,7 +256,7 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
 def test_rows_of_another_commit_are_left_out_and_counted(tmp_path: Path) -> None:
     results = tmp_path / "results"
     old = Machine(**{**MACHINE.row(), "commit": "01d"})  # type: ignore[arg-type]
-    with RowLog(results, "1a", old) as log:
+    with TABLE.log(results, "1a", old) as log:
         log.add(row(IDLE, FLOOR, 0, 99_000.0))
     text = written(tmp_path, {"1a": rounds(IDLE, 3, 2000, 3000)})
     assert "1 trials of other commits or machines are in the CSVs and not here." in text

@@ -18,21 +18,12 @@ from bench.pause_window.cells import (
     Slot,
 )
 from bench.pause_window.measures import Shot, Windows
-from bench.pause_window.rows import (
-    COLUMNS,
-    Outcome,
-    Progress,
-    ResultsError,
-    Row,
-    RowLog,
-    newest,
-    path_of,
-    progress_of,
-    read_file,
-)
-from bench.pause_window.running import Rounds, Runner, outcome_of
-from bench.pause_window.subjects import RefusedError, Verdict, file_range
+from bench.pause_window.rows import COLUMNS, TABLE, Row
+from bench.pause_window.running import Runner, row_of
+from bench.pause_window.subjects import Verdict, file_range
+from bench.phase_running import RefusedError, Rounds, outcome_of
 from bench.rounds import CONTROL, FAILURES_IN_A_ROW, FLOOR, FORKPOINT
+from bench.rows import Outcome, Progress, ResultsError, newest, path_of, progress_of
 from bench.scratch import Scratch
 
 CELL = Cell("1a", 4096)
@@ -73,9 +64,9 @@ def test_a_row_comes_back_as_it_was_written(tmp_path: Path) -> None:
         staging_used="disk",
         figures={"vmm_total_us": 1234.0, "ready_seconds": 0.25},
     )
-    with RowLog(tmp_path / "results", "1a", machine()) as log:
+    with TABLE.log(tmp_path / "results", "1a", machine()) as log:
         log.add(given)
-        assert read_file(log.path) == [given]  # at once, not when the run ends
+        assert TABLE.read(log.path) == [given]  # at once, not when the run ends
     with log.path.open(newline="") as opened:
         assert tuple(next(csv.reader(opened))) == COLUMNS
 
@@ -86,24 +77,24 @@ def test_no_column_has_two_meanings() -> None:
 
 
 def test_a_figure_without_a_column_is_a_mistake(tmp_path: Path) -> None:
-    with RowLog(tmp_path, "1a", machine()) as log, pytest.raises(ValueError, match="speed"):
+    with TABLE.log(tmp_path, "1a", machine()) as log, pytest.raises(ValueError, match="speed"):
         log.add(row(FLOOR, figures={"speed": 1.0}))
 
 
 def test_a_line_that_a_kill_cut_off_is_removed_and_the_file_goes_on(tmp_path: Path) -> None:
-    with RowLog(tmp_path, "1a", machine()) as log:
+    with TABLE.log(tmp_path, "1a", machine()) as log:
         log.add(row(FLOOR))
     with log.path.open("ab") as opened:
         opened.write(b"1a,4096,DIFF,tm")
-    with RowLog(tmp_path, "1a", machine()) as log:
+    with TABLE.log(tmp_path, "1a", machine()) as log:
         log.add(row(CONTROL))
-    assert [there.role for there in read_file(log.path)] == [FLOOR, CONTROL]
+    assert [there.role for there in TABLE.read(log.path)] == [FLOOR, CONTROL]
 
 
 def test_a_file_with_other_columns_is_not_added_to(tmp_path: Path) -> None:
     path_of(tmp_path, "1a").write_text("phase,speed\n1a,3\n")
     with pytest.raises(ResultsError, match="other columns"):
-        RowLog(tmp_path, "1a", machine())
+        TABLE.log(tmp_path, "1a", machine())
     assert path_of(tmp_path, "1a").read_text() == "phase,speed\n1a,3\n"
 
 
@@ -213,9 +204,9 @@ class Recorded(Windows):
 
 
 def rows_of(tmp_path: Path, measure: Recorded, rounds: range) -> list[Row]:
-    with RowLog(tmp_path, "1a", machine()) as log:
-        Rounds(JOB, log, lambda _: None).run(measure, rounds)
-    return read_file(log.path)
+    with TABLE.log(tmp_path, "1a", machine()) as log:
+        Rounds[Slot, Shot, Row](JOB, log, lambda _: None, row_of).run(measure, rounds)
+    return TABLE.read(log.path)
 
 
 def test_a_failed_trial_is_a_row_and_sources_are_made_afresh(tmp_path: Path) -> None:
@@ -257,7 +248,7 @@ def test_a_run_says_what_it_skips(tmp_path: Path) -> None:
     said: list[str] = []
     phase = PHASES["1f"]
     (job,) = phase.jobs
-    with RowLog(tmp_path, phase.name, machine()) as log:
+    with TABLE.log(tmp_path, phase.name, machine()) as log:
         for number in range(3):
             for slot in job.order(number):
                 log.add(row(slot.role, number, cell=job.cell))
@@ -266,7 +257,7 @@ def test_a_run_says_what_it_skips(tmp_path: Path) -> None:
     )
     assert runner.run([phase]) == 0
     assert any("3 rounds were there already" in line for line in said)
-    assert len(read_file(log.path)) == len([s for n in range(3) for s in job.order(n)])
+    assert len(TABLE.read(log.path)) == len([s for n in range(3) for s in job.order(n)])
 
 
 class Refused(grpc.RpcError):

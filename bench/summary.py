@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
-from bench.pause_window.rows import Outcome, Row
+from bench.rows import Outcome, TrialRow
 from bench.stats import quantile
 
 Key = TypeVar("Key", bound=Hashable)
+R = TypeVar("R", bound=TrialRow[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,10 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Group(Generic[R]):
     """Rows of one kind."""
 
-    rows: Sequence[Row]
+    rows: Sequence[R]
 
     def spread(self, figure: str) -> Spread | None:
         """Of the trials that are good and have this figure."""
@@ -56,18 +57,18 @@ class Group:
         return sum(row.outcome is outcome for row in self.rows)
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, Group]:
+def grouped(rows: Iterable[R], key: Callable[[R], Key]) -> dict[Key, Group[R]]:
     """The rows by key, in the order of their first."""
-    groups: dict[Key, list[Row]] = {}
+    groups: dict[Key, list[R]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return {key: Group(rows) for key, rows in groups.items()}
 
 
-def trials(rows: Iterable[Row]) -> int:
+def trials(rows: Iterable[TrialRow[Any]]) -> int:
     """How many of these rows are trials."""
     return sum(not _tells_of_a_load(row) for row in rows)
 
 
-def _tells_of_a_load(row: Row) -> bool:
+def _tells_of_a_load(row: TrialRow[Any]) -> bool:
     return bool(row.figures) and all(name.startswith("load_") for name in row.figures)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +66,12 @@ def copy_image(
     chunk_bytes: int = CHUNK_BYTES,
     drop_behind: bool = False,
     on_total: Progress | None = None,
-    only: Extents | None = None,
+    only: Callable[[], Extents] | None = None,
 ) -> CopyResult:
     """Makes `image_path`, which must not exist, equal to the image `base_path` of `size_bytes`.
 
     By reflink where the file system can: then nothing is moved, no room is taken and `progress`
-    isn't called. Else the data alone, or `only` that part of it, and holes stay holes. `on_total`
+    isn't called. Else the data alone, or what `only` says of it, and holes stay holes. `on_total`
     is told once how many bytes will be moved. Nothing is synced.
 
     Raises Stopped, ImageError (the base has another size), FileExistsError, OSError with the path
@@ -88,7 +88,9 @@ def copy_image(
                 if on_total is not None:
                     on_total(0)
                 return CopyResult(CopyMethod.REFLINK, shared, size_bytes - shared, size_bytes)
-            return _copy_data(base, image, size_bytes, steps, on_total, only)
+            return _copy_data(
+                base, image, size_bytes, steps, on_total, None if only is None else only()
+            )
 
 
 def copy_whole(

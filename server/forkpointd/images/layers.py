@@ -14,7 +14,7 @@ import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 from forkpointd.images.copying import CopyResult, copy_image, make_empty_image, merge_diff
@@ -23,6 +23,8 @@ from forkpointd.images.extents import Extent, Extents, find_extents_of, total_by
 from forkpointd.images.moving import Gate, Progress, ShouldStop
 from forkpointd.images.syscalls import PAGE_BYTES
 from forkpointd.model import CopyMethod
+
+_UNCOVERED = re.compile(b"\0+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Layer:
 
 def shown(layers: Sequence[Extents], memory_bytes: int) -> list[Extents]:
     """Of each of these layers, oldest first, what no newer one covers: together each page at most
-    once. Takes four bytes of memory a page, and time by pages and extents, not by layers.
+    once. Takes a byte of memory a page, and time by extents, not by pages.
 
     Raises ImageError for extents that are not of whole pages, or beyond the memory's end.
     """
@@ -44,21 +46,24 @@ def shown(layers: Sequence[Extents], memory_bytes: int) -> list[Extents]:
         for offset, length in layers[0].pairs():
             _pages(offset, length, memory_bytes)
         return [layers[0]]
-    nobody = len(layers)
-    owners = array("I", [nobody]) * (memory_bytes // PAGE_BYTES)
-    for number, extents in enumerate(layers):
+    covered = bytearray(memory_bytes // PAGE_BYTES)
+    found = []
+    for extents in reversed(layers):
+        offsets, lengths = array("Q"), array("Q")
         for offset, length in extents.pairs():
             first, end = _pages(offset, length, memory_bytes)
-            owners[first:end] = array("I", [number]) * (end - first)
-    found = [Extents(array("Q"), array("Q")) for _ in layers]
-    position = 0
-    for owner, run in groupby(owners):
-        length = sum(1 for _ in run) * PAGE_BYTES
-        if owner != nobody:
-            found[owner].offsets.append(position)
-            found[owner].lengths.append(length)
-        position += length
-    return found
+            if covered.find(1, first, end) < 0:
+                offsets.append(offset)
+                lengths.append(length)
+                continue
+            for run in _UNCOVERED.finditer(covered, first, end):
+                offsets.append(run.start() * PAGE_BYTES)
+                lengths.append((run.end() - run.start()) * PAGE_BYTES)
+        for offset, length in extents.pairs():
+            first, end = offset // PAGE_BYTES, (offset + length) // PAGE_BYTES
+            covered[first:end] = b"\1" * (end - first)
+        found.append(Extents(offsets, lengths))
+    return found[::-1]
 
 
 def union(layers: Sequence[Extents], memory_bytes: int) -> Extents:
@@ -96,12 +101,7 @@ def copy_chain(
     `target_path`, unless it was there before.
     """
     held = [layer.extents for layer in layers]
-    part = None
-    if image_path is not None and layers:
-        data = _whole_pages(find_extents_of(image_path, memory_bytes), memory_bytes)
-        part, *parts = shown([data, *held], memory_bytes)
-    else:
-        parts = shown(held, memory_bytes)
+    parts = shown(held, memory_bytes)
     laid = sum(map(total_bytes, parts))
     if image_path is None:
         make_empty_image(target_path, memory_bytes)
@@ -117,7 +117,7 @@ def copy_chain(
             gate=gate,
             drop_behind=drop_behind,
             on_total=lambda count: on_total(count + laid),
-            only=part,
+            only=partial(_below, image_path, held, memory_bytes) if layers else None,
         )
     try:
         for layer, extents in zip(layers, parts, strict=True):
@@ -137,6 +137,13 @@ def copy_chain(
         return copied
     total = copied.copied_bytes + laid
     return CopyResult(CopyMethod.COPY, total, memory_bytes - total, memory_bytes)
+
+
+def _below(image_path: Path, layers: Sequence[Extents], memory_bytes: int) -> Extents:
+    """What of an image's data no layer covers."""
+    data = _whole_pages(find_extents_of(image_path, memory_bytes), memory_bytes)
+    left, _ = shown([data, union(layers, memory_bytes)], memory_bytes)
+    return left
 
 
 def _pages(offset_bytes: int, length_bytes: int, memory_bytes: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.floor import FloorError
+from bench.sparse import fsync
 
 _MIB = bytes(range(256)) * 4096
 
@@ -38,15 +39,25 @@ def cp_seconds(sources: Sequence[Path], folder: Path) -> float:
         for source, target in zip(sources, targets, strict=True):
             cp(source, target)
         for target in targets:
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync(target)
         return time.perf_counter() - start
     finally:
         for target in targets:
             target.unlink(missing_ok=True)
+
+
+def write_seconds(path: Path, size_mib: int) -> float:
+    """How long it takes to write so much to a new file from memory, and to fsync it. The file is
+    removed again."""
+    try:
+        start = time.perf_counter()
+        with path.open("xb", buffering=0) as opened:
+            for _ in range(size_mib):
+                opened.write(_MIB)
+            os.fsync(opened.fileno())
+        return time.perf_counter() - start
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def cp(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -109,20 +109,51 @@ class Calls:
 
     # --- branches and forks ---
 
-    def branch(self, sandbox_id: str, *, full: bool = False) -> branch_pb2.Branch:
-        """Branches a sandbox and follows the branch to its end, which must be READY."""
+    def branch(
+        self,
+        sandbox_id: str,
+        *,
+        full: bool = False,
+        layout: snapshot_pb2.Layout.ValueType = snapshot_pb2.LAYOUT_FLAT,
+        children: int = 0,
+        seen: Callable[[branch_pb2.Branch], None] | None = None,
+    ) -> branch_pb2.Branch:
+        """Branches a sandbox and follows the branch to its end, which must be READY, with all its
+        children running. FLAT unless another layout is asked for: what is measured beside a copy
+        is a copy, and AUTO makes none of a large base. `seen` gets each message as it comes."""
         mode = snapshot_pb2.BRANCH_MODE_FULL if full else snapshot_pb2.BRANCH_MODE_DIFF
-        # What is measured here beside a copy is a copy; AUTO makes none of a large base.
         request = sandbox_service_pb2.BranchSandboxRequest(
-            sandbox_id=sandbox_id, mode=mode, layout=snapshot_pb2.LAYOUT_FLAT
+            sandbox_id=sandbox_id,
+            mode=mode,
+            layout=layout,
+            fork=fork_pb2.ForkSpec(count=children) if children else None,
         )
         branch = branch_pb2.Branch()
         for response in self.sandboxes.BranchSandbox(request, timeout=CALL_SECONDS):
             branch = response.branch
+            if seen is not None:
+                seen(branch)
         if branch.stage != branch_pb2.BRANCH_STAGE_READY:
             stage = branch_pb2.BranchStage.Name(branch.stage)
             raise ServedError(f"the branch ended {stage}: {branch.error.message}")
+        if children:
+            _all_run(branch.fork, children)
         return branch
+
+    def flatten(self, snapshot_id: str) -> snapshot_service_pb2.FlattenSnapshotResponse:
+        """Makes a snapshot FLAT; returns the last message."""
+        request = snapshot_service_pb2.FlattenSnapshotRequest(snapshot_id=snapshot_id)
+        last = snapshot_service_pb2.FlattenSnapshotResponse()
+        for response in self.snapshots.FlattenSnapshot(request, timeout=CALL_SECONDS):
+            last = response
+        if last.snapshot.layout != snapshot_pb2.LAYOUT_FLAT:
+            raise ServedError(f"snapshot {snapshot_id} is not FLAT after its flatten")
+        return last
+
+    def snapshot(self, snapshot_id: str) -> snapshot_pb2.Snapshot:
+        """A snapshot as it is now."""
+        request = snapshot_service_pb2.GetSnapshotRequest(snapshot_id=snapshot_id)
+        return self.snapshots.GetSnapshot(request, timeout=CALL_SECONDS).snapshot
 
     def delete_snapshot(self, snapshot_id: str) -> None:
         """Deletes a snapshot."""
@@ -137,10 +168,14 @@ class Calls:
         fork = fork_pb2.Fork()
         for response in self.sandboxes.ForkSandboxes(request, timeout=CALL_SECONDS):
             fork = response.fork
-        if fork.ready_count != count:
-            errors = {child.error.message for child in fork.children if child.error.message}
-            raise ServedError(f"{fork.ready_count} of {count} children run: {sorted(errors)}")
+        _all_run(fork, count)
         return fork
+
+
+def _all_run(fork: fork_pb2.Fork, count: int) -> None:
+    if fork.ready_count != count:
+        errors = {child.error.message for child in fork.children if child.error.message}
+        raise ServedError(f"{fork.ready_count} of {count} children run: {sorted(errors)}")
 
 
 class Served(Calls):
@@ -195,6 +230,15 @@ class Served(Calls):
         return self._root / "s" / "forkpoint.sock"
 
     @property
+    def data(self) -> Path:
+        """The folder that all it keeps is in."""
+        return self._root / "data"
+
+    def files_of(self, snapshot_id: str) -> Path:
+        """The folder of a snapshot (docs/design/layers.md): `memory`, or `layer`."""
+        return self.data / "snapshots" / snapshot_id
+
+    @property
     def _log(self) -> Path:
         return self._root / "server.log"
 
@@ -207,7 +251,7 @@ class Served(Calls):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("FORKPOINT_")}
         environment |= {"FORKPOINT_FIRECRACKER": str(self._firecracker), **self._settings}
         command = [sys.executable, "-m", "forkpointd", "serve", "--vmm", "firecracker"]
-        command += ["--data-dir", str(self._root / "data"), "--listen", f"unix:{self.socket}"]
+        command += ["--data-dir", str(self.data), "--listen", f"unix:{self.socket}"]
         command += ["--image-root", str(self._kernel.parent)]
         command += ["--staging-dir", str(self._staging)]
         with self._log.open("ab") as log:

@@ -18,13 +18,13 @@ from bench.cp import cp_seconds, make_dense, settle
 from bench.rounds import CONTROL, FLOOR, FORKPOINT
 from bench.scratch import Scratch
 from bench.served import Served, ServedError, entered
+from bench.witness import PAGES_PER_MIB
 from forkpoint.v1 import branch_pb2
 
 MEMORY_MIB = 4096
 FIRST_MIB = 512
 MORE_MIB = 64
 GROWTHS = 8
-PAGES_PER_MIB = 256
 
 BYTES_PER_SECOND = "bytes_per_second"
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 
 from bench import phases
 from bench.rounds import CONTROL, FLOOR, FORKPOINT
+from bench.witness import region_mib
 
 PREALLOCATED = "floor-preallocated"
 """The floor into a memory file whose pages were had before the window."""
@@ -24,8 +25,6 @@ FRESH, REPEATED, NONE = "fresh", "repeated", "none"
 IDLE, WATCHING, WRITING = "idle", "watching", "writing"
 NOTHING, PRECOPIES, FORKS, CALLS = "nothing", "precopies", "forks", "calls"
 
-BEFORE_REGION_MIB = 64
-"""Of a guest's memory lies below the region that the witness writes to."""
 IDLE_TOUCHED_MIB = 32
 SIZES_MIB = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -57,7 +56,7 @@ class Cell:
     @property
     def region_mib(self) -> int:
         """What the guest can write to."""
-        return self.source_mib - BEFORE_REGION_MIB
+        return region_mib(self.source_mib)
 
     def row(self) -> dict[str, str]:
         """For the CSV."""
@@ -160,7 +159,7 @@ SHARES_PERCENT = (0, 50, 75, 100)
 
 
 def _dirtied() -> Iterator[Job]:
-    region = 2048 - BEFORE_REGION_MIB
+    region = region_mib(2048)
     sizes = sorted({*AGENT_MIB, *(region * share // 100 for share in SHARES_PERCENT)})
     for size in sizes:
         if not size:
@@ -198,7 +197,7 @@ CROSSOVER_MIB = 512
 
 
 def _crossover() -> Iterator[Job]:
-    region = CROSSOVER_MIB - BEFORE_REGION_MIB
+    region = region_mib(CROSSOVER_MIB)
     for share in (0, 5, 10, 25, 50, 75, 90, 100):
         dirty = region * share // 100
         slots = [

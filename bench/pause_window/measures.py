@@ -29,15 +29,14 @@ from bench.pause_window.cells import (
 from bench.pause_window.load import REWRITTEN_MIB, beside
 from bench.pause_window.subjects import (
     GuestClock,
-    PageRange,
     Place,
     Subject,
     Taken,
 )
 from bench.phase_running import need_room
 from bench.rounds import FORKPOINT
+from bench.witness import PAGES_PER_MIB, PageRange, write_pages
 
-PAGES_PER_MIB = 256
 BLOCK = 25
 """Rounds after which new sources are made, so that no one machine's place in memory decides."""
 READY_BLOCK = 100
@@ -157,9 +156,7 @@ class Windows:
         first = 0
         if cell.pattern == FRESH:
             first = self._round % self._rounds_of_a_block() * pages
-        answer = subject.ask(f"p{first},{pages}")
-        if not answer.startswith(f"P {first} {pages} "):
-            raise FloorError(f"the guest answered {answer!r} instead of P {first} {pages} ...")
+        write_pages(subject, first, pages)
         return ((first, pages),)
 
     def _rounds_of_a_block(self) -> int:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from bench.branch_figures import STAGES, WINDOW
 from bench.machine import Machine
 from bench.pause_window.cells import CELL_COLUMNS, Cell
 from bench.rows import Table, TrialRow, fields_of, record_of
 
-WINDOW = ("total_us", "vmm_total_us", "pause_us", "snapshot_us", "resume_us")
-"""total: the clock of who sent the window (forkpoint: the server's); the others are Firecracker's
-latencies_us and their sum."""
 READY_SECONDS = "ready_seconds"
 """From the request to READY, by the client's clock; for the others all that they do."""
-STAGES = ("queued", "precopying", "paused", "resumed", "merging", "finalizing")
 FIGURES = (
     *WINDOW,
     "guest_gap_us",

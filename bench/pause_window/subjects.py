@@ -11,30 +11,27 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+from bench.branch_figures import branch_figures, staging_name
 from bench.cp import cp_seconds, make_dense, settle
 from bench.floor import FloorError, FloorVmm, FloorWindow
 from bench.pause_window.cells import (
-    BEFORE_REGION_MIB,
     DISK,
     FULL,
     PREALLOCATED,
     SEQUENTIAL,
     Cell,
 )
-from bench.pause_window.rows import READY_SECONDS, STAGES
-from bench.pause_window.sequential import copy_whole, fsync, lay_over
+from bench.pause_window.rows import READY_SECONDS
+from bench.pause_window.sequential import copy_whole, lay_over
 from bench.phase_running import need_room
 from bench.rounds import CONTROL, FLOOR, FORKPOINT
 from bench.scratch import Scratch
-from bench.served import Served, ServedError
-from forkpoint.v1 import branch_pb2
-
-PageRange = tuple[int, int]
-"""First page and number of pages of the witness's region."""
+from bench.served import Served
+from bench.sparse import fsync
+from bench.witness import Asked, PageRange, file_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,46 +330,7 @@ class GuestClock:
         return (before + time.monotonic()) / 2, cycles
 
 
-def file_range(first_page: int, pages: int) -> tuple[int, int]:
-    """Offset and length in a memory file of pages of the witness's region."""
-    return (BEFORE_REGION_MIB << 20) + first_page * 4096, pages * 4096
-
-
-def branch_figures(branch: branch_pb2.Branch) -> dict[str, float]:
-    """The figures of a READY branch. Raises ServedError where Firecracker's are missing."""
-    pause = branch.pause_window
-    if not pause.vmm_total.ToMicroseconds():
-        raise ServedError("the window has no latencies of Firecracker's")
-    figures: dict[str, float] = {
-        "total_us": pause.total.ToNanoseconds() / 1000,
-        "vmm_total_us": pause.vmm_total.ToMicroseconds(),
-        "pause_us": pause.pause.ToMicroseconds(),
-        "snapshot_us": pause.snapshot.ToMicroseconds(),
-        "resume_us": pause.resume.ToMicroseconds(),
-        "predicted_us": branch.predicted_pause.ToMicroseconds(),
-        "dirty_bytes": pause.dirty_bytes,
-        "precopied_bytes": branch.precopy.done_bytes,
-        "merged_bytes": branch.merge.done_bytes,
-    }
-    for entry, after in pairwise(branch.stages):
-        stage = branch_pb2.BranchStage.Name(entry.stage).removeprefix("BRANCH_STAGE_").lower()
-        nanoseconds = after.enter_time.ToNanoseconds() - entry.enter_time.ToNanoseconds()
-        if stage in STAGES:
-            figures[f"{stage}_seconds"] = nanoseconds / 1e9
-    return figures
-
-
-def staging_name(branch: branch_pb2.Branch) -> str:
-    """tmpfs or disk."""
-    name = branch_pb2.StagingKind.Name(branch.pause_window.staging)
-    return name.removeprefix("STAGING_KIND_").lower()
-
-
-class _Asked(Protocol):
-    def ask(self, command: str) -> str: ...
-
-
-def _first(subject: _Asked, cell: Cell) -> None:
+def _first(subject: Asked, cell: Cell) -> None:
     subject.ask(f"d{cell.touched_mib}")
 
 

@@ -20,11 +20,12 @@ from bench.pause_window.cells import (
 from bench.pause_window.measures import Shot, Windows
 from bench.pause_window.rows import COLUMNS, TABLE, Row
 from bench.pause_window.running import Runner, row_of
-from bench.pause_window.subjects import Verdict, file_range
+from bench.pause_window.subjects import Verdict
 from bench.phase_running import RefusedError, Rounds, outcome_of
 from bench.rounds import CONTROL, FAILURES_IN_A_ROW, FLOOR, FORKPOINT
 from bench.rows import Outcome, Progress, ResultsError, newest, path_of, progress_of
 from bench.scratch import Scratch
+from bench.witness import file_range
 
 CELL = Cell("1a", 4096)
 JOB = Job(CELL, (Slot(FLOOR), Slot(CONTROL), Slot(FORKPOINT), Slot(SEQUENTIAL, every=2)), 4)

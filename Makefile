@@ -2,7 +2,7 @@
 # and does nothing twice. Nothing needs root, /dev/kvm or a C compiler.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env stubs firecracker firecracker-if-kvm check test test-linux demo bench-quick bench bench-pause dist lock clean
+.PHONY: help env stubs firecracker firecracker-if-kvm check test test-linux demo bench-quick bench bench-pause bench-images dist lock clean
 
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -52,6 +52,9 @@ bench: env stubs firecracker ## the same with the counts whose figures are claim
 
 bench-pause: env stubs firecracker ## the pause window in all its phases, each trial a row; goes on where it stopped (ARGS=--help)
 	@$(PY) -m bench.pause_window $(ARGS)
+
+bench-images: env stubs firecracker ## images: layers, flat copies, flattens, branches to children; each trial a row (ARGS=--help)
+	@$(PY) -m bench.images $(ARGS)
 
 dist: ## dist/*.whl, built from dist/*.tar.gz in a locked environment of its own
 	@tools/dist

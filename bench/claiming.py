@@ -24,10 +24,10 @@ class AnySeries(Protocol[R_contra]):
         """By what pairs are made of; infinite where it failed or was refused."""
 
 
-def value_of(row: TrialRow[Any], metric: str) -> float | None:
-    """A figure of a row: infinite where the trial was not good, None where it has none such."""
+def value_of(row: TrialRow[Any], metric: str, worst: float = math.inf) -> float | None:
+    """A figure of a row: `worst` where the trial was not good, None where it has none such."""
     if row.outcome is not Outcome.OK:
-        return math.inf
+        return worst
     return row.figures.get(metric)
 
 

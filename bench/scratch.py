@@ -53,7 +53,7 @@ def scratch(parent: Path | None) -> Iterator[Scratch]:
             folders.append(_make(SHM))
             yield Scratch(*folders)
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 for folder in folders:
                     end_processes(folder)
                 for folder in folders:
@@ -123,7 +123,8 @@ def _terminating() -> Iterator[None]:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
+    """A Ctrl-C meanwhile is lost."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     try:
         yield

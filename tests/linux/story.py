@@ -69,7 +69,7 @@ class Guest:
         """What a command prints. Raises where it fails."""
         self._asked += 1
         tag = f"{self.sandbox.id}/{self._asked}"
-        end = re.compile(rb"^" + tag.encode() + rb" (\d+)\n", re.MULTILINE)
+        end = re.compile(rb"\n" + tag.encode() + rb" (\d+)\n")
         said = self.sandbox.console.ask(f"{tag} {command}", until=end, timeout=ASK_SECONDS)
         found = end.search(said)
         assert found is not None
@@ -84,8 +84,9 @@ class Guest:
 
     def look(self) -> dict[str, object]:
         """All files' hashes, how much was read from each drive for that, and who the guest is."""
+        random = self.run("head -c 16 /dev/urandom | hexdump -ve '/1 \"%02x\"'")
         before = self.sectors_read()
-        hashes = self.run("find /mem /book /disk -type f -exec sha256sum {} +").splitlines()
+        hashes = self.run("find /mem /book -type f -exec sha256sum {} +").splitlines()
         after = self.sectors_read()
         boot_id, ticker, ticks, uptime = self.run(
             "cat /proc/sys/kernel/random/boot_id /ticker /ticks && cut -d' ' -f1 /proc/uptime"
@@ -96,8 +97,10 @@ class Guest:
             "boot_id": boot_id,
             "ticker": int(ticker),
             "ticker_lives": self.run(f"kill -0 {ticker} && echo yes || echo no").strip() == "yes",
+            "torn": self.run("cat /torn"),
             "ticks": int(ticks),
             "uptime": float(uptime),
+            "random": random,
         }
 
     def sectors_read(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(STORY_SECONDS + 600)
 
 SNAPSHOTS = [chapter.snapshot for chapter in plan.CHAPTERS]
 FAMILY = [pytest.param(s, n, id=f"{s}-{n}") for s in SNAPSHOTS for n in plan.CHILDREN]
+BROKEN = "the story broke off, as test_the_story_came_to_its_end says"
 BOOK_SECTORS = len(plan.BOOK.apply(None, plan.seed())) // 512
 
 
@@ -53,13 +54,29 @@ def look(told: Told, who: str, when: str) -> dict[str, Any]:
     for record in told.all("look"):
         if (record["who"], record["when"]) == (who, when):
             return record
-    pytest.fail(f"{who} never looked {when!r}: the story broke off, see the first test's output")
+    pytest.fail(f"{who} never looked {when!r}: {BROKEN}", pytrace=False)
 
 
 def source_looks(told: Told) -> list[dict[str, Any]]:
     looks = [record for record in told.all("look") if record["who"] == "source"]
-    assert len(looks) == 3 * len(SNAPSHOTS) + 1
+    if len(looks) != 3 * len(SNAPSHOTS) + 1:
+        pytest.fail(f"the source looked {len(looks)} times: {BROKEN}", pytrace=False)
     return looks
+
+
+def branched(told: Told) -> list[dict[str, Any]]:
+    made = told.all("branched")
+    if len(made) != len(SNAPSHOTS):
+        pytest.fail(f"the source was branched {len(made)} times: {BROKEN}", pytrace=False)
+    return made
+
+
+def only(told: Told, what: str) -> dict[str, Any]:
+    """What is told once."""
+    records = told.all(what)
+    if len(records) != 1:
+        pytest.fail(f"{what} was told {len(records)} times: {BROKEN}", pytrace=False)
+    return records[0]
 
 
 def test_the_story_came_to_its_end(told: Told) -> None:
@@ -69,29 +86,30 @@ def test_the_story_came_to_its_end(told: Told) -> None:
         pytest.fail(
             f"the machine {told.ended}\nthe last it told: {said}\n"
             f"{last.get('trace', '')}\n--- the server's log\n{last.get('server_log', '')}\n"
-            f"--- the outer machine's console\n{told.console[-4000:]}"
+            f"--- the outer machine's console\n{told.console[-4000:]}",
+            pytrace=False,
         )
 
 
 def test_the_guests_ran_on_firecracker(told: Told) -> None:
-    [serving] = told.all("serving")
-    assert serving["vmm"].startswith("Firecracker ")
+    assert only(told, "serving")["vmm"].startswith("Firecracker ")
 
 
 @pytest.mark.parametrize("chapter", plan.CHAPTERS, ids=SNAPSHOTS)
 def test_a_branch_is_made_as_it_was_asked_for(told: Told, chapter: plan.Chapter) -> None:
-    [made] = [record for record in told.all("branched") if record["snapshot"] == chapter.snapshot]
+    made = branched(told)[SNAPSHOTS.index(chapter.snapshot)]
+    assert made["snapshot"] == chapter.snapshot
     assert (made["mode"], made["layout"]) == (chapter.mode.upper(), chapter.layout.upper())
 
 
 def test_each_branch_stands_on_the_one_before_and_writes_only_what_changed(told: Told) -> None:
-    made = told.all("branched")
+    made = branched(told)
     assert [record["parent"] for record in made] == [None, *SNAPSHOTS[:-1]]
     assert all(record["dirty_bytes"] < record["memory_bytes"] / 2 for record in made[1:])
 
 
 def test_a_layer_that_was_flattened_is_flat(told: Told) -> None:
-    [flattened] = told.all("flattened")
+    flattened = only(told, "flattened")
     assert (flattened["snapshot"], flattened["layout"]) == (plan.FLATTENED, "FLAT")
 
 
@@ -107,6 +125,21 @@ def test_the_source_s_time_goes_on_through_every_branch(told: Told, clock: str) 
     times = [record[clock] for record in source_looks(told)]
     assert times == sorted(times)
     assert times[-1] > times[0]
+
+
+def test_a_process_that_writes_all_the_time_finds_what_it_wrote(told: Told) -> None:
+    looks = source_looks(told) + [r for r in told.all("look") if r["who"] != "source"]
+    assert {(record["who"], record["torn"]) for record in looks if record["torn"]} == set()
+
+
+@pytest.mark.parametrize("snapshot", SNAPSHOTS)
+def test_children_of_one_snapshot_have_random_numbers_of_their_own(
+    told: Told, snapshot: str
+) -> None:
+    found = [look(told, plan.child_id(snapshot, n), "woken")["random"] for n in plan.CHILDREN]
+    found.append(look(told, "source", f"after {snapshot}")["random"])
+    assert [len(each) for each in found] == [32] * len(found)
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("snapshot", SNAPSHOTS)
@@ -170,5 +203,5 @@ def test_a_child_s_drives_hold_the_same_as_its_caches(
 
 
 def test_the_data_folder_is_in_order_at_the_end(told: Told) -> None:
-    [fsck] = told.all("fsck")
+    fsck = only(told, "fsck")
     assert fsck["code"] == 0, fsck["said"]

@@ -272,6 +272,9 @@ def server_info(message: server_service_pb2.GetServerInfoResponse) -> views.Serv
         image_free_bytes=message.image_free_bytes,
         staging_free_bytes=message.staging_free_bytes,
         memory=_memory_use(message.memory) if message.HasField("memory") else None,
+        image_used_bytes=message.image_used_bytes,
+        images_quota_bytes=message.images_quota_bytes,
+        images_low_water_bytes=message.images_low_water_bytes,
     )
 
 

@@ -333,6 +333,12 @@ class ServerInfo:
     staging: StagingKind
     reflink: bool
     image_free_bytes: int
+    """Less what is reserved, and within quota and low-water mark."""
     staging_free_bytes: int
     memory: MemoryUse | None
     """None from a server that has no memory budget yet."""
+    image_used_bytes: int = 0
+    images_quota_bytes: int = 0
+    """The most that images may take up; 0: there is no quota."""
+    images_low_water_bytes: int = 0
+    """So much of the disk stays free."""

@@ -93,6 +93,10 @@ class Settings(BaseSettings):
     """Pre-copies and merges at once in the whole server."""
     precopy_bytes_per_second: int | None = Field(default=None, ge=1024 * 1024)
     """The most that all pre-copies and merges together move in a second; None: no limit."""
+    images_quota_bytes: int = Field(default=0, ge=0)
+    """The most that snapshots, and what they are made of, take up on the disk; 0: all of it."""
+    images_low_water_bytes: int = Field(default=0, ge=0)
+    """So much of the disk stays free: work that would leave less is refused before it starts."""
     auto_layered_bytes: int = Field(default=1024 * MIB, ge=0)
     """Where reflink is missing, layout AUTO is LAYERED for a base that holds so much on the disk;
     0: AUTO is FLAT."""

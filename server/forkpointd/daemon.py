@@ -42,11 +42,14 @@ from forkpointd.host import (
 )
 from forkpointd.images import (
     Budget,
+    Limit,
     Room,
     SnapshotStore,
     StagingArea,
     StagingRoom,
     free_pages_are_cold,
+    low_water,
+    quota,
     read_host_facts,
 )
 from forkpointd.model import (
@@ -112,6 +115,16 @@ def _threads(settings: Settings) -> Iterator[_Threads]:
         yield _Threads(files, vmm, precopies, merges)
 
 
+def _limits(settings: Settings, store: SnapshotStore) -> list[Limit]:
+    """What keeps the images from having all of their disk."""
+    limits = []
+    if settings.images_quota_bytes:
+        limits.append(quota("images_quota_bytes", settings.images_quota_bytes, store.all_bytes))
+    if settings.images_low_water_bytes:
+        limits.append(low_water("images_low_water_bytes", settings.images_low_water_bytes))
+    return limits
+
+
 class Daemon:
     """A forkpointd that serves."""
 
@@ -155,7 +168,7 @@ class Daemon:
             )
         )
         store = SnapshotStore(data.snapshots)
-        image_room = Room(data.root)
+        image_room = Room(data.root, limits=_limits(settings, store))
         tmpfs = data.tmpfs_staging if staging is StagingKind.TMPFS else None
         staging_room = StagingRoom(tmpfs, settings.staging_bytes, disk=image_room)
         cold_pages = await _in_thread(free_pages_are_cold)
@@ -291,6 +304,9 @@ class Daemon:
                 staging=staging,
                 reflink=reflink,
                 image_free_bytes=await _in_thread(image_room.free_bytes),
+                image_used_bytes=await _in_thread(store.all_bytes),
+                images_quota_bytes=settings.images_quota_bytes,
+                images_low_water_bytes=settings.images_low_water_bytes,
                 staging_free_bytes=await _in_thread(staging_room.free_bytes),
                 memory=await sandboxes.memory_use(),
             )

@@ -832,5 +832,9 @@ class ServerFacts:
     staging: StagingKind
     reflink: bool
     image_free_bytes: int
+    image_used_bytes: int
+    images_quota_bytes: int
+    """0: there is none."""
+    images_low_water_bytes: int
     staging_free_bytes: int
     memory: MemoryUse

@@ -140,6 +140,8 @@ class Fake(
             max_queued_branches=16,
             staging=branch_pb2.STAGING_KIND_TMPFS,
             image_free_bytes=2**33,
+            image_used_bytes=2**31,
+            images_quota_bytes=2**34,
             staging_free_bytes=2**32,
             memory=v.MemoryUse(
                 budget_bytes=2**34,

@@ -52,7 +52,7 @@ def info(address: Address = None, json: Json = False) -> None:
             ("up for", output.age(found.start_time)),
             ("data folder", found.data_dir),
             ("image roots", ", ".join(found.image_roots) or "none: no kernel can be booted"),
-            ("images", f"{output.size(found.image_free_bytes)} free"),
+            ("images", _images(found)),
             ("reflink", "yes" if found.reflink else "no: images are copied by their extents"),
             (
                 "staging",
@@ -73,6 +73,15 @@ def info(address: Address = None, json: Json = False) -> None:
 
         output.out.print()
         show_checks(list(found.checks))
+
+
+def _images(found: forkpoint.ServerInfo) -> str:
+    said = f"{output.size(found.image_free_bytes)} free, {output.size(found.image_used_bytes)} used"
+    if found.images_quota_bytes:
+        said += f" of a quota of {output.size(found.images_quota_bytes)}"
+    if found.images_low_water_bytes:
+        said += f"; {output.size(found.images_low_water_bytes)} of the disk stay free"
+    return said
 
 
 def _memory_text(found: ServerInfo) -> str | None:

@@ -158,12 +158,18 @@ def no_room(reason: Reason, error: NoRoom) -> ForkpointError:
     """The refusal for room that isn't there."""
     return ForkpointError(
         reason,
-        f"{error}. Delete snapshots that nobody needs, or give the server a larger disk",
+        f"{error}. Delete snapshots that nobody needs (`forkpoint snapshot prune`), or "
+        + (
+            f"change the server's setting {error.limited_by}"
+            if error.limited_by.endswith("_bytes")
+            else "give the server more room"
+        ),
         metadata={
             "needed_bytes": str(error.needed_bytes),
             "free_bytes": str(error.free_bytes),
             "reserved_bytes": str(error.reserved_bytes),
             "path": str(error.path),
+            "limited_by": error.limited_by,
         },
         retry_after_seconds=ROOM_RETRY_SECONDS,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,19 @@ class NoRoom(Exception):
     """What was asked for doesn't fit; nothing was reserved."""
 
     def __init__(
-        self, what: str, needed_bytes: int, free_bytes: int, reserved_bytes: int, path: Path
+        self,
+        what: str,
+        needed_bytes: int,
+        free_bytes: int,
+        reserved_bytes: int,
+        path: Path,
+        limited_by: str = "",
     ) -> None:
+        """`limited_by`: the setting that leaves less than the file system has."""
+        within = f" within {limited_by}" if limited_by else ""
         super().__init__(
             f"no room for {what}: it needs {needed_bytes} bytes, {path} has "
-            f"{max(0, free_bytes)} free beside {reserved_bytes} that others have reserved"
+            f"{max(0, free_bytes)} free{within} beside {reserved_bytes} that others have reserved"
         )
         self.what = what
         self.needed_bytes = needed_bytes
@@ -39,6 +47,27 @@ class NoRoom(Exception):
         """Without what is reserved."""
         self.reserved_bytes = reserved_bytes
         self.path = path
+        self.limited_by = limited_by
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What keeps a room smaller than its file system."""
+
+    name: str
+    """A setting's name, for whoever is refused."""
+    left: Callable[[int], int]
+    """How many bytes may land at most, of so many that the file system has free. Blocks."""
+
+
+def low_water(name: str, kept_bytes: int) -> Limit:
+    """So many bytes of the file system stay free."""
+    return Limit(name, lambda free: free - kept_bytes)
+
+
+def quota(name: str, quota_bytes: int, used_bytes: Callable[[], int]) -> Limit:
+    """So many bytes may be used, whoever uses the rest of the file system."""
+    return Limit(name, lambda free: min(free, quota_bytes - used_bytes()))
 
 
 class Ledger:
@@ -136,47 +165,37 @@ class Room:
         path: Path,
         *,
         ledger: Ledger | None = None,
-        limit: Callable[[], int] | None = None,
+        limits: Sequence[Limit] = (),
     ) -> None:
-        """`ledger` is another room's, if that lies on the same file system; `limit` tells how
-        many bytes may land here at most, from now on."""
+        """`ledger` is another room's, if that lies on the same file system."""
         self.path = path
         self.ledger = ledger or Ledger()
-        self._limit = limit
+        self._limits = tuple(limits)
 
     def free_bytes(self) -> int:
         """What a new reservation could have: never negative. Raises OSError."""
         with self.ledger.lock:
-            return max(0, self._unreserved_bytes() - self.ledger.reserved_bytes)
+            return max(0, self._unreserved()[0] - self.ledger.reserved_bytes)
 
     def reserve(self, count: int, what: str) -> Reservation:
         """Promises `count` bytes to `what` (words for the error). Raises NoRoom, OSError."""
         if count < 0:
             raise ValueError(f"a reservation is not negative: {count}")
         with self.ledger.lock:
-            free, reserved = self._unreserved_bytes(), self.ledger.reserved_bytes
+            (free, limited_by), reserved = self._unreserved(), self.ledger.reserved_bytes
             if count > free - reserved:
-                raise NoRoom(what, count, free, reserved, self.path)
+                raise NoRoom(what, count, free, reserved, self.path, limited_by)
             return self.ledger.add(count, what)
 
-    def _unreserved_bytes(self) -> int:
+    def _unreserved(self) -> tuple[int, str]:
+        """What there is but for reservations, and the name of the limit that makes it less."""
         answer = os.statvfs(self.path)
         free = answer.f_bavail * answer.f_frsize
-        return free if self._limit is None else min(free, self._limit())
-
-
-class Rooms:
-    """The rooms of a machine, one ledger for each file system (by st_dev) or named pool."""
-
-    def __init__(self) -> None:
-        self._ledgers: dict[int | str, Ledger] = {}
-
-    def at(
-        self, path: Path, *, pool: str | None = None, limit: Callable[[], int] | None = None
-    ) -> Room:
-        """The room of `path`. Raises OSError."""
-        key: int | str = os.stat(path).st_dev if pool is None else pool
-        return Room(path, ledger=self._ledgers.setdefault(key, Ledger()), limit=limit)
+        least, limited_by = free, ""
+        for limit in self._limits:
+            if (left := limit.left(free)) < least:
+                least, limited_by = left, limit.name
+        return least, limited_by
 
 
 # --- staging -----------------------------------------------------------------------------------
@@ -229,14 +248,11 @@ class StagingRoom:
         if tmpfs is not None:
             area = self._area = StagingArea(tmpfs)
 
-            def limit() -> int:
-                memory = available_memory_bytes()
-                if budget_bytes is None:
-                    return memory
-                return min(memory, budget_bytes - area.used_bytes())
-
+            limits = [Limit("the host's memory", lambda _: available_memory_bytes())]
+            if budget_bytes is not None:
+                limits.append(quota("staging_bytes", budget_bytes, area.used_bytes))
             same = os.stat(tmpfs).st_dev == os.stat(disk.path).st_dev
-            self._tmpfs = Room(tmpfs, ledger=disk.ledger if same else None, limit=limit)
+            self._tmpfs = Room(tmpfs, ledger=disk.ledger if same else None, limits=limits)
 
     def choose(
         self, memory_bytes: int, *, expected_bytes: int | None, full: bool, what: str

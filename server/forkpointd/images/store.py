@@ -23,6 +23,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -380,6 +381,15 @@ class SnapshotStore:
     def used_bytes(self, snapshot_id: str) -> int:
         """Room that a snapshot takes up; blocks shared by reflink count for each owner."""
         return data_bytes_of(self._folder_of(snapshot_id))
+
+    def all_bytes(self) -> int:
+        """Room that everything in ROOT takes up, what is being made or removed included; blocks
+        shared by reflink count for each owner. Raises OSError."""
+        count = 0
+        for name in os.listdir(self.root):
+            with suppress(FileNotFoundError, NotADirectoryError):  # it went meanwhile
+                count += data_bytes_of(self.root / name)
+        return count
 
     def folder_count(self) -> int:
         """How many names there are in ROOT."""

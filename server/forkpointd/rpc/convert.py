@@ -218,6 +218,9 @@ def server_info(it: model.ServerFacts) -> server_service_pb2.GetServerInfoRespon
         staging=scalars.STAGING_KIND.to_wire(it.staging),
         reflink=it.reflink,
         image_free_bytes=max(0, it.image_free_bytes),
+        image_used_bytes=it.image_used_bytes,
+        images_quota_bytes=it.images_quota_bytes,
+        images_low_water_bytes=it.images_low_water_bytes,
         staging_free_bytes=max(0, it.staging_free_bytes),
         memory=memory_use(it.memory),
     )

@@ -16,10 +16,11 @@ from forkpointd.images import (
     NoRoom,
     Reservation,
     Room,
-    Rooms,
     StagingArea,
     StagingRoom,
     choose_staging,
+    low_water,
+    quota,
     space,
 )
 from forkpointd.model import StagingKind
@@ -181,25 +182,47 @@ def test_threads_together_get_no_more_than_there_is(disk: Disk, tmp_path: Path) 
     assert room.free_bytes() == 1
 
 
-def test_rooms_on_one_file_system_or_pool_share_their_promises(disk: Disk, tmp_path: Path) -> None:
-    rooms = Rooms()
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    one, other = rooms.at(tmp_path / "a"), rooms.at(tmp_path / "b")
-    one.reserve(70, "one")
-    assert other.free_bytes() == 30
-    pool, same_pool = rooms.at(tmp_path, pool="p"), rooms.at(tmp_path / "b", pool="p")
-    pool.reserve(50, "one")
-    assert same_pool.free_bytes() == 50
-    assert one.free_bytes() == 30
+def test_what_is_kept_free_is_nobodys(disk: Disk, tmp_path: Path) -> None:
+    room = Room(tmp_path, limits=[low_water("kept", 30)])
+    assert room.free_bytes() == 70
+    room.reserve(60, "one")
+    with pytest.raises(NoRoom, match="70 free within kept") as caught:
+        room.reserve(11, "other")
+    assert caught.value.limited_by == "kept"
+    room.reserve(10, "other")
+    disk.free = 20
+    assert room.free_bytes() == 0
 
 
-def test_a_limit_holds_beside_the_file_systems_own(disk: Disk, tmp_path: Path) -> None:
-    room = Room(tmp_path, limit=lambda: 20)
-    assert room.free_bytes() == 20
+def test_a_quota_counts_what_is_used_and_what_is_reserved(disk: Disk, tmp_path: Path) -> None:
+    used = [15]
+    room = Room(tmp_path, limits=[quota("the quota", 50, lambda: used[0])])
+    first = room.reserve(30, "one")
+    with pytest.raises(NoRoom, match="within the quota") as caught:
+        room.reserve(6, "other")
+    assert (caught.value.free_bytes, caught.value.reserved_bytes) == (35, 30)
+    first.consume(10)
+    used[0] += 10
+    assert room.free_bytes() == 5
+    used[0] = 60
+    assert room.free_bytes() == 0
+
+
+def test_the_nearest_limit_is_named(disk: Disk, tmp_path: Path) -> None:
+    limits = [low_water("kept", 30), quota("the quota", 80, lambda: 40)]
+    room = Room(tmp_path, limits=limits)
+    assert room.free_bytes() == 40
+    disk.free = 60
     with pytest.raises(NoRoom) as caught:
-        room.reserve(21, "one")
-    assert caught.value.free_bytes == 20
+        room.reserve(41, "one")
+    assert caught.value.limited_by == "kept"
+    disk.free = 1000
+    with pytest.raises(NoRoom) as caught:
+        room.reserve(41, "one")
+    assert caught.value.limited_by == "the quota"
+    with pytest.raises(NoRoom) as caught:
+        Room(tmp_path).reserve(1001, "one")
+    assert caught.value.limited_by == ""
 
 
 # --- where a window is staged ------------------------------------------------------------------

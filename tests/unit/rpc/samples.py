@@ -150,6 +150,9 @@ def facts() -> model.ServerFacts:
         staging=model.StagingKind.TMPFS,
         reflink=True,
         image_free_bytes=1 << 40,
+        image_used_bytes=1 << 39,
+        images_quota_bytes=1 << 42,
+        images_low_water_bytes=1 << 30,
         staging_free_bytes=1 << 30,
         memory=model.MemoryUse(1 << 34, 1 << 31, 1 << 28, 1 << 27, 1 << 24),
     )

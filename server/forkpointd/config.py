@@ -97,6 +97,11 @@ class Settings(BaseSettings):
     """The most that snapshots, and what they are made of, take up on the disk; 0: all of it."""
     images_low_water_bytes: int = Field(default=0, ge=0)
     """So much of the disk stays free: work that would leave less is refused before it starts."""
+    prune_keep_last: int | None = Field(default=None, ge=0)
+    """Snapshots beyond the newest so many of each source are deleted; None: no such rule."""
+    prune_older_than_seconds: float | None = Field(default=None, gt=0)
+    """Snapshots that are older are deleted, but for those that `prune_keep_last` keeps; None: no
+    such rule. Without either nothing is deleted."""
     auto_layered_bytes: int = Field(default=1024 * MIB, ge=0)
     """Where reflink is missing, layout AUTO is LAYERED for a base that holds so much on the disk;
     0: AUTO is FLAT."""

@@ -72,6 +72,7 @@ from forkpointd.sandboxes.folders import Folders
 from forkpointd.sandboxes.forks import Forks
 from forkpointd.sandboxes.memory import MemoryBudget
 from forkpointd.sandboxes.memory_host import host_memory
+from forkpointd.sandboxes.pruning import PrunePolicy, prune_as_due
 from forkpointd.sandboxes.service import Sandboxes
 from forkpointd.sandboxes.snapshots import Snapshots
 from forkpointd.sandboxes.starting import Starter, host_memory_bytes
@@ -289,6 +290,15 @@ class Daemon:
         background = Tasks("background")
         stack.push_async_callback(background.cancel)
         background.start_unwatched(flatten_as_due(policy, registry, flattener), "flatten policy")
+
+        pruning = PrunePolicy(
+            keep_last=settings.prune_keep_last,
+            max_age=None
+            if settings.prune_older_than_seconds is None
+            else timedelta(seconds=settings.prune_older_than_seconds),
+        )
+        if pruning.deletes:
+            background.start_unwatched(prune_as_due(pruning, registry, snapshots), "prune policy")
 
         async def facts() -> ServerFacts:
             return ServerFacts(

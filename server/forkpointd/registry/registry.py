@@ -214,6 +214,13 @@ class Registry:
         """All that are LAYERED, deleted ones included, in no order."""
         return await self.read(snapshots.layered)
 
+    async def prunable_snapshots(
+        self, keep_last: int | None, older_than: datetime | None
+    ) -> list[str]:
+        """Of each source all but the newest `keep_last`, and of these only those made before
+        `older_than`, the oldest first. None: that rule keeps nothing."""
+        return await self.read(lambda c: snapshots.prunable(c, keep_last, older_than))
+
     async def snapshot_is_flat(self, snapshot_id: str, disk_bytes: int) -> None:
         """A layer, deleted or not, was flattened. Idempotent."""
         await self.write(lambda c: snapshots.flattened(c, snapshot_id, disk_bytes))

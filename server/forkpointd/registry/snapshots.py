@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 
 from forkpointd.model import LayeredRow, Page, Reason, Snapshot
-from forkpointd.registry.codec import parse_instant
+from forkpointd.registry.codec import instant_text, parse_instant
 from forkpointd.registry.rows import (
     BRANCH_UNFINISHED,
     FORK_UNFINISHED,
@@ -125,6 +126,21 @@ def bytes_of_chain(connection: Connection, snapshot_id: str) -> int:
         f"{CHAIN} SELECT coalesce(sum(disk_bytes), 0) FROM chain", (snapshot_id,)
     ).fetchone()[0]
     return held
+
+
+def prunable(
+    connection: Connection, keep_last: int | None, older_than: datetime | None
+) -> list[str]:
+    """Of each source all but the newest `keep_last`, and of these only those made before
+    `older_than`, the oldest first. None: that rule keeps nothing."""
+    rows = connection.execute(
+        "SELECT snapshot_id FROM (SELECT snapshot_id, create_time, row_number() OVER ("
+        " PARTITION BY source_sandbox_id ORDER BY create_time DESC, snapshot_id DESC) AS place"
+        " FROM snapshots WHERE deleted = 0)"
+        " WHERE place > ? AND (? IS NULL OR create_time < ?) ORDER BY create_time, snapshot_id",
+        (keep_last or 0, *(2 * (None if older_than is None else instant_text(older_than),))),
+    )
+    return [row[0] for row in rows]
 
 
 def layered(connection: Connection) -> list[LayeredRow]:

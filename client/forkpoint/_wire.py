@@ -144,6 +144,16 @@ def snapshot(message: snapshot_pb2.Snapshot) -> views.SnapshotView:
         dirty_bytes=message.dirty_bytes,
         drives=tuple(_drive(drive) for drive in message.drives),
         vmm=vmm(message.vmm) if message.HasField("vmm") else None,
+        digest=message.digest or None,
+    )
+
+
+def verifying(message: snapshot_service_pb2.VerifySnapshotResponse) -> views.VerifyUpdate:
+    """How far a verify is."""
+    return views.VerifyUpdate(
+        message.snapshot_id,
+        views.Progress(message.done_bytes, message.total_bytes),
+        message.verified,
     )
 
 

@@ -152,6 +152,9 @@ class SnapshotView:
     """What its window wrote."""
     drives: tuple[Drive, ...]
     vmm: Vmm | None
+    digest: str | None = None
+    """Of the checksums of its files: `blake3:` and hexadecimal digits; None until they are
+    computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,17 @@ class FlattenUpdate:
     def over(self) -> bool:
         """Whether it is."""
         return self.snapshot.layout is Layout.FLAT
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyUpdate:
+    """How far it is that a snapshot is compared with its checksums."""
+
+    snapshot_id: str
+    """The one that is being read: of a LAYERED one first what it stands on."""
+    progress: Progress
+    verified: bool
+    """Everything is as it was: the last update."""
 
 
 @dataclass(frozen=True, slots=True)

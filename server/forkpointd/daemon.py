@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import forkpointd
 from forkpointd.branching.admission import Admission
+from forkpointd.branching.checksumming import Checksummer
 from forkpointd.branching.flatten_policy import FlattenPolicy, flatten_as_due
 from forkpointd.branching.flattening import Flattener
 from forkpointd.branching.imaging import CopyWorkers
@@ -103,6 +104,8 @@ class _Threads:
     vmm: Executor
     precopies: Executor
     merges: Executor
+    sums: Executor
+    verifying: Executor
 
 
 @contextmanager
@@ -112,8 +115,10 @@ def _threads(settings: Settings) -> Iterator[_Threads]:
         ThreadPoolExecutor(settings.concurrent_starts + 8, thread_name_prefix="vmm") as vmm,
         ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="precopy") as precopies,
         ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="merge") as merges,
+        ThreadPoolExecutor(1, thread_name_prefix="sums") as sums,
+        ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="verify") as verifying,
     ):
-        yield _Threads(files, vmm, precopies, merges)
+        yield _Threads(files, vmm, precopies, merges, sums, verifying)
 
 
 def _limits(settings: Settings, store: SnapshotStore) -> list[Limit]:
@@ -179,6 +184,7 @@ class Daemon:
         )
 
         snapshots = Snapshots(registry, store, threads.files)
+        stack.push_async_callback(snapshots.close)
         folders = Folders(data)
         starter = Starter(
             folders=folders,
@@ -238,6 +244,15 @@ class Daemon:
         )
         snapshots.flattener = flattener
         stack.push_async_callback(flattener.close)
+        checksummer = Checksummer(
+            registry=registry,
+            snapshots=snapshots,
+            store=store,
+            computing=copy_workers(threads.sums),
+            comparing=copy_workers(threads.verifying),
+        )
+        snapshots.verifier = checksummer
+        stack.push_async_callback(checksummer.close)
         branches = Branches(
             Workshop(
                 registry=registry,
@@ -290,6 +305,7 @@ class Daemon:
         background = Tasks("background")
         stack.push_async_callback(background.cancel)
         background.start_unwatched(flatten_as_due(policy, registry, flattener), "flatten policy")
+        background.start_unwatched(checksummer.compute_all(), "checksums")
 
         pruning = PrunePolicy(
             keep_last=settings.prune_keep_last,

@@ -431,6 +431,8 @@ class Snapshot:
     dirty_bytes: int
     labels: Mapping[str, str] = field(default_factory=dict)
     deleted: bool = False
+    digest: str | None = None
+    """Of its checksums, as `blake3:` and hexadecimal digits; None until they are computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,6 +461,18 @@ class Flattening:
 
     snapshot: Snapshot
     progress: FlattenProgress
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How far it is that a snapshot, with all that it stands on, is compared with its checksums."""
+
+    snapshot_id: str
+    """The one that is being read."""
+    done_bytes: int
+    total_bytes: int
+    verified: bool = False
+    """Everything is as it was."""
 
 
 class BranchStage(StrEnum):

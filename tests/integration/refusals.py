@@ -55,6 +55,8 @@ STEPS = {
     "layer": "forkpointd.branching.life:place_layer",
     "flatten": "forkpointd.images.store:SnapshotStore.flatten",
     "keep": "forkpointd.branching.unmerged:make_image",
+    "compute": "forkpointd.branching.checksumming:compute",
+    "compare": "forkpointd.branching.checksumming:compare",
     "finalise": "forkpointd.images.store:SnapshotStore.finalise",
 }
 """Steps of its work at which a `HeldHouse`'s server can be held."""

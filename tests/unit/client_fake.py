@@ -118,6 +118,17 @@ class Fake(
         found.layout = snapshot_pb2.LAYOUT_FLAT
         yield p.FlattenSnapshotResponse(snapshot=found, done_bytes=10, total_bytes=10)
 
+    def VerifySnapshot(  # noqa: N802
+        self, request: p.VerifySnapshotRequest, context: Context
+    ) -> Iterator[p.VerifySnapshotResponse]:
+        self._note("VerifySnapshot", request, context)
+        self._find("snapshot", self.snapshots, request.snapshot_id, context)
+        for done in (0, 6):
+            yield p.VerifySnapshotResponse(snapshot_id="parent", done_bytes=done, total_bytes=10)
+        yield p.VerifySnapshotResponse(
+            snapshot_id=request.snapshot_id, done_bytes=10, total_bytes=10, verified=True
+        )
+
     def GetServerInfo(  # noqa: N802
         self, request: v.GetServerInfoRequest, context: Context
     ) -> v.GetServerInfoResponse:

@@ -17,7 +17,7 @@ from forkpoint.enums import ExpiryAction, FailureAction
 from forkpoint.errors import SnapshotNotFound
 from forkpoint.v1 import snapshot_service_pb2 as messages
 from forkpoint.v1.sandbox_service_pb2 import ForkSandboxesRequest
-from forkpoint.views import FlattenUpdate, SnapshotView
+from forkpoint.views import FlattenUpdate, SnapshotView, VerifyUpdate
 
 if TYPE_CHECKING:
     from forkpoint._sync._forks import Children
@@ -64,6 +64,11 @@ class Snapshot(SnapshotView):
         for update in Snapshots(self._calls).flatten(self.id, timeout=timeout):
             self._take(update.snapshot)
         return self
+
+    def verify(self, *, timeout: durations.Duration | None = None) -> None:
+        """Compares its files with their checksums. Raises `DataLoss` where they differ."""
+        for _ in Snapshots(self._calls).verify(self.id, timeout=timeout):
+            pass
 
     def fork(
         self,
@@ -166,6 +171,33 @@ class Snapshots:
         try:
             while (response := follower.next()) is not None:
                 yield _wire.flattening(response)
+        finally:
+            follower.close()
+
+    def verify(
+        self, snapshot_id: str, *, timeout: durations.Duration | None = None
+    ) -> Iterator[VerifyUpdate]:
+        """Compares a snapshot, with all that it stands on, with the checksums of their files:
+        nothing is sent before the first `next`.
+
+        Raises `DataLoss`, whose metadata names the first bad range. Leaving the loop, and
+        `timeout`, end the work; a lost connection begins it again.
+        """
+        request = messages.VerifySnapshotRequest(snapshot_id=snapshot_id)
+
+        def attach(seconds: float | None) -> seam.Stream[messages.VerifySnapshotResponse]:
+            return self._calls.snapshots.VerifySnapshot(request, timeout=seconds)
+
+        follower = Follower(
+            self._calls,
+            attach,
+            lambda _, seconds: attach(seconds),
+            lambda seen: seen.verified,
+            timeout=timeout,
+        )
+        try:
+            while (response := follower.next()) is not None:
+                yield _wire.verifying(response)
         finally:
             follower.close()
 

@@ -14,7 +14,7 @@ from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
 from forkpoint.cli.deletions import Deletions, delete_each, say_deleted
 from forkpoint.cli.progress import CopyDisplay
 from forkpoint.cli.pruning import prunable
-from forkpoint.views import SnapshotView
+from forkpoint.views import SnapshotView, VerifyUpdate
 
 app = typer.Typer(
     help="""Images from which sandboxes start.
@@ -141,6 +141,51 @@ def flatten(
             return last
 
     show(run(work, json=json), json=json)
+
+
+@app.command()
+def verify(
+    snapshot_ids: Annotated[list[str], typer.Argument(metavar="SNAPSHOT...", help="Their ids.")],
+    timeout: Annotated[
+        str | None, typer.Option(metavar="SPAN", help="Give up after this long, for each.")
+    ] = None,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Read snapshots and compare them with their checksums.
+
+    A layered one is read with all that it stands on. The first damaged one ends the command with
+    its first bad range.
+
+    Example: `forkpoint snapshot verify snap-1`
+    """
+
+    async def work() -> list[VerifyUpdate]:
+        good = []
+        async with forkpoint.connect(address) as fp:
+            for snapshot_id in snapshot_ids:
+                with CopyDisplay(output.err, snapshot_id, quiet=json) as display:
+                    async for update in fp.snapshots.verify(snapshot_id, timeout=timeout):
+                        display.update(update.progress)
+                        if update.verified:
+                            good.append(update)
+                            if not json:
+                                size = output.size(update.progress.total_bytes)
+                                output.say(f"{snapshot_id}: as it was ({size} read)")
+        return good
+
+    good = run(work, json=json)
+    if json:
+        output.print_json(
+            [
+                {
+                    "snapshot_id": each.snapshot_id,
+                    "verified": each.verified,
+                    "read_bytes": each.progress.total_bytes,
+                }
+                for each in good
+            ]
+        )
 
 
 @app.command()

@@ -8,11 +8,13 @@
     space       room that is reserved before it is used
     manifest    what a snapshot is; `fits` says whether it can be loaded on a host (hostfacts)
     store       snapshot folders: made out of sight, seen whole or not at all
+    checksums   whether their files still hold what they held
 
 This room knows files only: not Firecracker, not the registry, not sandboxes. All of it is
 synchronous and blocks; it is run in threads and never on the event loop.
 """
 
+from forkpointd.images.checksums import Checksums, Damaged, compare, compute, digest_of, work_bytes
 from forkpointd.images.cold_pages import free_pages_are_cold, warm
 from forkpointd.images.copying import (
     CopyResult,
@@ -76,7 +78,9 @@ __all__ = [
     "MEMINFO",
     "Budget",
     "Chain",
+    "Checksums",
     "CopyResult",
+    "Damaged",
     "Draft",
     "DriveWitness",
     "Extent",
@@ -107,6 +111,8 @@ __all__ = [
     "check_fits",
     "check_parent",
     "choose_staging",
+    "compare",
+    "compute",
     "copy_chain",
     "copy_full",
     "copy_image",
@@ -114,6 +120,7 @@ __all__ = [
     "data_bytes_of",
     "data_extents",
     "data_extents_of",
+    "digest_of",
     "find_extents",
     "find_extents_of",
     "first_of",
@@ -132,4 +139,5 @@ __all__ = [
     "total_bytes",
     "union",
     "warm",
+    "work_bytes",
 ]

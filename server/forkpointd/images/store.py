@@ -5,6 +5,7 @@
                                       manifest says what it holds
                       /vmstate
                       /manifest.json
+                      /checksums      of the files above, some time after they were made
     ROOT/.draft-<branch_id>/          a snapshot that is being made
     ROOT/.trash-<snapshot_id>-<n>/    one that is being removed
 
@@ -32,12 +33,16 @@ from forkpointd.images.fs import Fs
 from forkpointd.images.layers import Layer
 from forkpointd.images.manifest import MAX_MANIFEST_BYTES, LayerWitness, Manifest
 from forkpointd.images.staging import allocated_bytes
-from forkpointd.model import ID_PATTERN, Layout
+from forkpointd.model import ID_PATTERN, MIB, Layout
 
 MEMORY_NAME = "memory"
 LAYER_NAME = "layer"
 VMSTATE_NAME = "vmstate"
 MANIFEST_NAME = "manifest.json"
+CHECKSUMS_NAME = "checksums"
+
+MAX_CHECKSUMS_BYTES = 64 * MIB
+"""More are no checksums of ours: a terabyte of memory has 45 MiB."""
 
 _PART = ".part"
 """Ends the name of a file that will take another's place."""
@@ -334,6 +339,23 @@ class SnapshotStore:
         self._fs.chmod(path, 0o400)
         self._fs.fsync_file(path)
 
+    # --- checksums ---
+
+    def write_checksums(self, stored: StoredSnapshot, content: bytes) -> None:
+        """Puts the checksums of a snapshot beside its files, durably. Raises OSError."""
+        path = stored.folder / CHECKSUMS_NAME
+        self._replace(path, lambda part: self._fs.write_new(part, content))
+
+    def read_checksums(self, stored: StoredSnapshot) -> bytes:
+        """Raises ImageError where there are none, or too many, OSError."""
+        path = stored.folder / CHECKSUMS_NAME
+        size_bytes = _size_if_there(path)
+        if size_bytes is None:
+            raise ImageError(f"{path} is not there")
+        if size_bytes > MAX_CHECKSUMS_BYTES:
+            raise ImageError(f"{path} has {size_bytes} bytes: these are no checksums")
+        return path.read_bytes()
+
     # --- removing ---
 
     def delete(self, snapshot_id: str) -> bool:
@@ -402,7 +424,7 @@ class SnapshotStore:
     def odd_files(self, stored: StoredSnapshot) -> tuple[Path, ...]:
         """What lies in a snapshot's folder and is no part of it: a flatten that was broken off
         leaves such files. Raises OSError."""
-        own = {MANIFEST_NAME, VMSTATE_NAME, stored.memory_path.name}
+        own = {MANIFEST_NAME, VMSTATE_NAME, CHECKSUMS_NAME, stored.memory_path.name}
         names = sorted(name for name in os.listdir(stored.folder) if name not in own)
         return tuple(stored.folder / name for name in names)
 

@@ -122,6 +122,12 @@ def leave_cache(fd: int, offset_bytes: int, length_bytes: int) -> None:
     os.posix_fadvise(fd, offset_bytes, length_bytes, os.POSIX_FADV_DONTNEED)
 
 
+def forget_cached(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Lets what is read next come from the disk: clean pages of this range that no process has
+    mapped leave the page cache. Promises nothing. Raises OSError."""
+    os.posix_fadvise(fd, offset_bytes, length_bytes, os.POSIX_FADV_DONTNEED)
+
+
 def filesystem_of(path: Path) -> str:
     """The name of the file system that `path` lies on, for example `tmpfs`; its magic number in
     hexadecimal where it has no name here. Raises OSError."""

@@ -22,6 +22,7 @@ from forkpointd.model import (
     Fork,
     ForkpointError,
     LayeredRow,
+    Layout,
     Page,
     Reason,
     RememberedRequest,
@@ -224,6 +225,18 @@ class Registry:
     async def snapshot_is_flat(self, snapshot_id: str, disk_bytes: int) -> None:
         """A layer, deleted or not, was flattened. Idempotent."""
         await self.write(lambda c: snapshots.flattened(c, snapshot_id, disk_bytes))
+
+    async def snapshots_without_digest(self) -> list[str]:
+        """Those whose checksums are still to be computed, the oldest first."""
+        return await self.read(snapshots.without_digest)
+
+    async def set_snapshot_digest(
+        self, snapshot_id: str, layout: Layout, digest: str, disk_bytes: int
+    ) -> bool:
+        """Notes the checksums of a snapshot, if it still has this layout; whether it has."""
+        return await self.write(
+            lambda c: snapshots.set_digest(c, snapshot_id, layout, digest, disk_bytes)
+        )
 
     async def remove_snapshot_row(self, snapshot_id: str) -> None:
         """After its files are gone. Idempotent; `AssertionError` for one without a tombstone."""

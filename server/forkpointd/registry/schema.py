@@ -199,6 +199,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             WHERE needed_snapshot_id IS NOT NULL
         """,
     ),
+    (
+        "ALTER TABLE snapshots ADD COLUMN digest TEXT",
+        "CREATE INDEX snapshots_without_digest ON snapshots (snapshot_id) WHERE digest IS NULL",
+    ),
 )
 
 

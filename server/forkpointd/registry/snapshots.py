@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
-from forkpointd.model import LayeredRow, Page, Reason, Snapshot
+from forkpointd.model import LayeredRow, Layout, Page, Reason, Snapshot
 from forkpointd.registry.codec import instant_text, parse_instant
 from forkpointd.registry.rows import (
     BRANCH_UNFINISHED,
@@ -158,9 +158,33 @@ def layered(connection: Connection) -> list[LayeredRow]:
 def flattened(connection: Connection, snapshot_id: str, disk_bytes: int) -> None:
     """A layer, deleted or not, stands on nothing any more. Idempotent."""
     connection.execute(
-        "UPDATE snapshots SET layout = 'FLAT', disk_bytes = ? WHERE snapshot_id = ?",
+        "UPDATE snapshots SET layout = 'FLAT', disk_bytes = ?,"
+        " digest = IIF(layout = 'FLAT', digest, NULL) WHERE snapshot_id = ?",
         (disk_bytes, snapshot_id),
     )
+
+
+def without_digest(connection: Connection) -> list[str]:
+    """Those whose checksums are still to be computed, the oldest first: all that are shown, and
+    deleted ones that a layer stands on."""
+    rows = connection.execute(
+        "SELECT snapshot_id FROM snapshots WHERE digest IS NULL AND (deleted = 0"
+        " OR EXISTS (SELECT 1 FROM snapshots AS layers WHERE layers.layout = 'LAYERED'"
+        " AND layers.parent_snapshot_id = snapshots.snapshot_id))"
+        " ORDER BY create_time, snapshot_id"
+    )
+    return [row[0] for row in rows]
+
+
+def set_digest(
+    connection: Connection, snapshot_id: str, layout: Layout, digest: str, disk_bytes: int
+) -> bool:
+    """Notes the checksums of a snapshot, if it still has this layout; whether it has."""
+    changed = connection.execute(
+        "UPDATE snapshots SET digest = ?, disk_bytes = ? WHERE snapshot_id = ? AND layout = ?",
+        (digest, disk_bytes, snapshot_id, str(layout)),
+    ).rowcount
+    return changed == 1
 
 
 def remove(connection: Connection, snapshot_id: str) -> None:

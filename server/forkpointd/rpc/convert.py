@@ -121,6 +121,7 @@ def snapshot(it: model.Snapshot) -> snapshot_pb2.Snapshot:
         dirty_bytes=it.dirty_bytes,
         drives=[drive(each) for each in it.machine.drives],
         vmm=vmm(it.vmm),
+        digest=it.digest or "",
     )
 
 

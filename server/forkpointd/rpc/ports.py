@@ -30,6 +30,7 @@ from forkpointd.model import (
     SandboxState,
     ServerFacts,
     Snapshot,
+    Verification,
 )
 
 Position = tuple[datetime, str]
@@ -126,6 +127,10 @@ class SnapshotPort(Protocol):
 
     def flattening(self, snapshot_id: str) -> AsyncIterator[Flattening]:
         """Makes it FLAT, if it isn't: the state as of now, then each later one."""
+        ...
+
+    def verifying(self, snapshot_id: str) -> AsyncIterator[Verification]:
+        """Compares it with its checksums: the state as of now, then each later one."""
         ...
 
 

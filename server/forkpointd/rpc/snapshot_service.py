@@ -1,4 +1,4 @@
-"""SnapshotService: look at snapshots, label them, delete them, make them one file."""
+"""SnapshotService: look at snapshots, label, delete and verify them, make them one file."""
 
 from __future__ import annotations
 
@@ -65,6 +65,20 @@ class SnapshotService:
                         snapshot=convert.snapshot(each.snapshot),
                         done_bytes=each.progress.done_bytes,
                         total_bytes=each.progress.total_bytes,
+                    )
+                )
+
+    async def VerifySnapshot(self, request: pb.VerifySnapshotRequest, call: Call) -> None:
+        """Compares a snapshot with its checksums, and follows that."""
+        check(request, self._limits)
+        async with released(self._snapshots.verifying(request.snapshot_id)) as states:
+            async for each in states:
+                await call.write(
+                    pb.VerifySnapshotResponse(
+                        snapshot_id=each.snapshot_id,
+                        done_bytes=each.done_bytes,
+                        total_bytes=each.total_bytes,
+                        verified=each.verified,
                     )
                 )
 

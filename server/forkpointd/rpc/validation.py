@@ -125,6 +125,7 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
     },
     "DeleteSnapshotRequest": _ONE_SNAPSHOT,
     "FlattenSnapshotRequest": _ONE_SNAPSHOT,
+    "VerifySnapshotRequest": _ONE_SNAPSHOT,
     "GetServerInfoRequest": {},
 }
 """The rule of each field, by message. A rule is asked where the field is there and not empty; a

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -28,8 +28,10 @@ from forkpointd.model import (
     Page,
     Reason,
     Snapshot,
+    Verification,
 )
 from forkpointd.registry import Registry
+from forkpointd.sandboxes.tasks import Tasks
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -47,6 +49,13 @@ class Flattener(Protocol):
         """The same: how far it is, as that changes, at least once."""
 
 
+class Verifier(Protocol):
+    """Compares snapshots with their checksums."""
+
+    def verify(self, snapshot_id: str) -> AsyncGenerator[Verification, None]:
+        """How far it is, as that changes; ends with `verified`, or raises IMAGE_DAMAGED."""
+
+
 class Snapshots:
     """The snapshots of this server."""
 
@@ -54,13 +63,18 @@ class Snapshots:
         self._registry = registry
         self._store = store
         self._files = files
+        self._tasks = Tasks("snapshots")
         self._held: Counter[str] = Counter()
+        self._passed_over: set[str] = set()
+        """Whose files `collect` left alone since they were held."""
         self._collecting = asyncio.Lock()
         self._flattened: set[str] = set()
         """Whose layer's file may still be there."""
         self._edit = asyncio.Lock()
         self.flattener: Flattener | None = None
         """Set by those who copy images."""
+        self.verifier: Verifier | None = None
+        """Set by those who read them."""
 
     async def flat(self, stored: StoredSnapshot) -> StoredSnapshot:
         """The snapshot as one file that children can map, made now if it is LAYERED. Raises
@@ -86,6 +100,15 @@ class Snapshots:
         what `flat` raises."""
         assert self.flattener is not None, "the server is built"
         return self.flattener.watch(snapshot_id)
+
+    async def verifying(self, snapshot_id: str) -> AsyncIterator[Verification]:
+        """Compares a snapshot, with all that it stands on, with their checksums. Ends with whoever
+        leaves. Raises IMAGE_DAMAGED."""
+        await self.get(snapshot_id)
+        assert self.verifier is not None, "the server is built"
+        async with aclosing(self.verifier.verify(snapshot_id)) as states:
+            async for each in states:
+                yield each
 
     async def get(self, snapshot_id: str) -> Snapshot:
         """A READY snapshot."""
@@ -131,6 +154,8 @@ class Snapshots:
             self._held[snapshot_id] -= 1
             if not self._held[snapshot_id]:
                 del self._held[snapshot_id]
+                if snapshot_id in self._passed_over | self._flattened:
+                    self._tasks.start_unwatched(self.collect(), "collect snapshots")
 
     @asynccontextmanager
     async def reading(self, snapshot_id: str) -> AsyncIterator[Chain]:
@@ -138,8 +163,6 @@ class Snapshots:
         OSError."""
         async with self._holding_chain(snapshot_id):
             yield await self._run(self._store.chain, snapshot_id)
-        if self._flattened:
-            await self.collect()
 
     @asynccontextmanager
     async def _holding_chain(self, snapshot_id: str) -> AsyncIterator[Sequence[str]]:
@@ -176,11 +199,21 @@ class Snapshots:
             await self._registry.snapshot_is_flat(snapshot_id, disk_bytes)
         self._flattened.add(snapshot_id)
 
+    async def note_digest(self, stored: StoredSnapshot, digest: str, disk_bytes: int) -> bool:
+        """The checksums of these files are beside them; False where the row says that they were
+        flattened meanwhile, or the snapshot is gone."""
+        manifest = stored.manifest
+        async with self._edit:
+            return await self._registry.set_snapshot_digest(
+                manifest.snapshot_id, manifest.layout, digest, disk_bytes
+            )
+
     async def collect(self) -> int:
         """Removes the files, then the rows, of deleted snapshots that nobody needs; returns how
         many. A file that can't be removed keeps its row and is tried again the next time."""
         removed = 0
         async with self._collecting:
+            self._passed_over.clear()
             await self._remove_flattened_layers()
             while found := await self._remove_unneeded():
                 removed += found  # what only they stood on is next
@@ -190,17 +223,27 @@ class Snapshots:
         removed = 0
         for snapshot_id in await self._registry.snapshots_nobody_needs():
             # Files that are large take their time: what was so when the list was made may not be.
-            if self._held[snapshot_id]:
+            if self._passes_over(snapshot_id):
                 continue
             if snapshot_id not in await self._registry.snapshots_nobody_needs():
                 continue
-            if self._held[snapshot_id]:
+            if self._passes_over(snapshot_id):
                 continue
             if await self._is_removed(self._store.delete, "files", snapshot_id):
                 await self._registry.remove_snapshot_row(snapshot_id)
                 self._flattened.discard(snapshot_id)
                 removed += 1
         return removed
+
+    def _passes_over(self, snapshot_id: str) -> bool:
+        """Whether it is held. Who gives it free looks again."""
+        if held := self._held[snapshot_id] > 0:
+            self._passed_over.add(snapshot_id)
+        return held
+
+    async def close(self) -> None:
+        """Stops what is being removed; a later start goes on."""
+        await self._tasks.cancel()
 
     async def _remove_flattened_layers(self) -> None:
         for snapshot_id in list(self._flattened):

@@ -259,6 +259,15 @@ class FakeSnapshots(Scripted):
         yield model.Flattening(layered, model.FlattenProgress(5, 10))
         yield model.Flattening(flat, model.FlattenProgress(10, 10))
 
+    async def verifying(self, snapshot_id: str) -> AsyncIterator[model.Verification]:
+        await self.get(snapshot_id)
+        yield model.Verification("parent", 5, 10)
+        if snapshot_id == "bad":
+            raise model.ForkpointError(
+                model.Reason.IMAGE_DAMAGED, "it is not as it was", metadata={"file": "memory"}
+            )
+        yield model.Verification(snapshot_id, 10, 10, verified=True)
+
 
 class FakeWriter:
     """Takes bytes while its guest reads; `deaf` guests don't."""

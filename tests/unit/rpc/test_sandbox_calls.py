@@ -309,6 +309,23 @@ async def test_a_flatten_is_followed_to_its_end(edge: Edge) -> None:
     assert (code, problem.reason) == (grpc.StatusCode.NOT_FOUND, Reason.SNAPSHOT_NOT_FOUND)
 
 
+async def test_a_verify_is_followed_to_its_end(edge: Edge) -> None:
+    edge.rooms.snapshots.there |= {each: samples.snapshot(each) for each in ("good", "bad")}
+    request = spb.VerifySnapshotRequest(snapshot_id="good")
+    seen = [each async for each in edge.snapshots.VerifySnapshot(request)]
+    assert [(each.snapshot_id, each.done_bytes, each.verified) for each in seen] == [
+        ("parent", 5, False),
+        ("good", 10, True),
+    ]
+    bad = spb.VerifySnapshotRequest(snapshot_id="bad")
+    code, problem = await refused(edge.snapshots.VerifySnapshot(bad))
+    assert (code, problem.reason) == (grpc.StatusCode.DATA_LOSS, Reason.IMAGE_DAMAGED)
+    assert problem.metadata["file"] == "memory"
+    missing = spb.VerifySnapshotRequest(snapshot_id="no-such")
+    code, problem = await refused(edge.snapshots.VerifySnapshot(missing))
+    assert (code, problem.reason) == (grpc.StatusCode.NOT_FOUND, Reason.SNAPSHOT_NOT_FOUND)
+
+
 async def test_the_server_tells_its_facts(edge: Edge) -> None:
     answer = await edge.info.GetServerInfo(ipb.GetServerInfoRequest())
     assert answer == convert.server_info(samples.facts())

@@ -79,6 +79,8 @@ class Reason(StrEnum):
     CHILDREN_FAILED = "CHILDREN_FAILED"
     NO_VMM = "NO_VMM"
     INTERNAL = "INTERNAL"
+    ARCHIVE_INVALID = "ARCHIVE_INVALID"
+    IMPORT_BROKEN_OFF = "IMPORT_BROKEN_OFF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -772,6 +774,52 @@ class ForkOrder:
     snapshot_id: str
     spec: ForkSpec
     request: RequestKey | None = None
+
+
+class ArchiveLayout(StrEnum):
+    """How a snapshot is kept in an archive."""
+
+    FLAT = "FLAT"
+    """One image."""
+    KEPT = "KEPT"
+    """As it is: a LAYERED one with all that it stands on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOrder:
+    """Make an archive of a snapshot."""
+
+    snapshot_id: str
+    layout: ArchiveLayout = ArchiveLayout.FLAT
+    level: int | None = None
+    """Of zstd; None: the server's choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOrder:
+    """Make a snapshot of an archive."""
+
+    snapshot_id: str | None = None
+    """None: as the archive calls it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    request: RequestKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivePiece:
+    """Some bytes of an archive, and how far it is with them."""
+
+    snapshot_id: str
+    layout: Layout
+    """Of the snapshot in it."""
+    image_count: int
+    data_bytes: int
+    """Of memory in it."""
+    total_bytes: int
+    """Of content, before it is packed."""
+    done_bytes: int
+    data: bytes
+    """Empty in the first piece."""
 
 
 @dataclass(frozen=True, slots=True)

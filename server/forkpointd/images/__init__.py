@@ -7,6 +7,7 @@
     staging     where a window is written, and whether a folder is fit for it
     space       room that is reserved before it is used
     manifest    what a snapshot is; `fits` says whether it can be loaded on a host (hostfacts)
+    packing     a snapshot as an archive, unpacking the way back; archive and seekable: its format
     store       snapshot folders: made out of sight, seen whole or not at all
     checksums   whether their files still hold what they held
 
@@ -42,6 +43,13 @@ from forkpointd.images.fits import Mismatch, can_read, check_fits
 from forkpointd.images.hostfacts import HostFacts, read_host_facts
 from forkpointd.images.layers import Layer, copy_chain, shown, union
 from forkpointd.images.manifest import DriveWitness, LayerWitness, Manifest
+from forkpointd.images.packing import Packing
+from forkpointd.images.seekable import (
+    DEFAULT_LEVEL,
+    MAX_LEVEL,
+    Table,
+    pack_frame,
+)
 from forkpointd.images.space import (
     MEMINFO,
     Budget,
@@ -72,9 +80,12 @@ from forkpointd.images.store import (
     check_parent,
     data_bytes_of,
 )
+from forkpointd.images.unpacking import Unpacking, adopted
 from forkpointd.images.zeros import copy_full, punch_zeros
 
 __all__ = [
+    "DEFAULT_LEVEL",
+    "MAX_LEVEL",
     "MEMINFO",
     "Budget",
     "Chain",
@@ -94,6 +105,7 @@ __all__ = [
     "Manifest",
     "Mismatch",
     "NoRoom",
+    "Packing",
     "Reservation",
     "Room",
     "SnapshotStore",
@@ -105,6 +117,9 @@ __all__ = [
     "Stopped",
     "StoredExtents",
     "StoredSnapshot",
+    "Table",
+    "Unpacking",
+    "adopted",
     "allocated_bytes",
     "can_read",
     "can_reflink",
@@ -130,6 +145,7 @@ __all__ = [
     "make_empty_image",
     "meminfo_bytes",
     "merge_diff",
+    "pack_frame",
     "probe_staging",
     "punch_zeros",
     "quota",

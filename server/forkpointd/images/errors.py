@@ -15,3 +15,13 @@ class ImageError(ForkpointError):
 
 class Stopped(Exception):
     """A copy was told to stop. What it had written so far is no image."""
+
+
+class ArchiveError(ForkpointError):
+    """An archive is cut, altered, or no archive of ours. Nothing of it is kept."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            Reason.ARCHIVE_INVALID,
+            f"{message}. Nothing of it was kept: copy the archive, or export the snapshot, anew",
+        )

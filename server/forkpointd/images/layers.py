@@ -141,7 +141,7 @@ def copy_chain(
 
 def _below(image_path: Path, layers: Sequence[Extents], memory_bytes: int) -> Extents:
     """What of an image's data no layer covers."""
-    data = _whole_pages(find_extents_of(image_path, memory_bytes), memory_bytes)
+    data = whole_pages(find_extents_of(image_path, memory_bytes), memory_bytes)
     left, _ = shown([data, union(layers, memory_bytes)], memory_bytes)
     return left
 
@@ -156,7 +156,7 @@ def _pages(offset_bytes: int, length_bytes: int, memory_bytes: int) -> tuple[int
     return offset_bytes // PAGE_BYTES, end_bytes // PAGE_BYTES
 
 
-def _whole_pages(extents: Extents, memory_bytes: int) -> Extents:
+def whole_pages(extents: Extents, memory_bytes: int) -> Extents:
     """The data of an image, whose holes are zeros, widened to pages: some file systems have
     smaller blocks."""
     wide = []

@@ -65,6 +65,8 @@ CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.CHILDREN_FAILED: C.ABORTED,
     Reason.NO_VMM: C.FAILED_PRECONDITION,
     Reason.INTERNAL: C.INTERNAL,
+    Reason.ARCHIVE_INVALID: C.INVALID_ARGUMENT,
+    Reason.IMPORT_BROKEN_OFF: C.ABORTED,
 }
 """The code of each reason, as errors.proto names it (a test compares the two)."""
 

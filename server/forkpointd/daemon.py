@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import forkpointd
 from forkpointd.branching.admission import Admission
+from forkpointd.branching.archives import Archives
 from forkpointd.branching.checksumming import Checksummer
 from forkpointd.branching.flatten_policy import FlattenPolicy, flatten_as_due
 from forkpointd.branching.flattening import Flattener
@@ -106,6 +107,7 @@ class _Threads:
     merges: Executor
     sums: Executor
     verifying: Executor
+    archives: Executor
 
 
 @contextmanager
@@ -117,8 +119,9 @@ def _threads(settings: Settings) -> Iterator[_Threads]:
         ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="merge") as merges,
         ThreadPoolExecutor(1, thread_name_prefix="sums") as sums,
         ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="verify") as verifying,
+        ThreadPoolExecutor(settings.concurrent_copies, thread_name_prefix="archive") as archives,
     ):
-        yield _Threads(files, vmm, precopies, merges, sums, verifying)
+        yield _Threads(files, vmm, precopies, merges, sums, verifying, archives)
 
 
 def _limits(settings: Settings, store: SnapshotStore) -> list[Limit]:
@@ -253,6 +256,16 @@ class Daemon:
         )
         snapshots.verifier = checksummer
         stack.push_async_callback(checksummer.close)
+        archives = Archives(
+            registry=registry,
+            snapshots=snapshots,
+            store=store,
+            starter=starter,
+            admission=admission,
+            workers=copy_workers(threads.archives),
+            image_roots=settings.image_roots,
+        )
+        stack.push_async_callback(archives.close)
         branches = Branches(
             Workshop(
                 registry=registry,
@@ -338,7 +351,7 @@ class Daemon:
             )
 
         server = RpcServer(
-            Ports(sandboxes, branches, forks, snapshots, consoles, _Facts(facts)),
+            Ports(sandboxes, branches, forks, snapshots, archives, consoles, _Facts(facts)),
             image_roots=settings.image_roots,
             max_fork_count=settings.max_fork_count,
             max_memory_mib=host_memory_bytes() // MIB,
@@ -357,7 +370,7 @@ class Daemon:
         server.drain()
         await background.cancel()
         left = await drain_tasks(
-            (branches.tasks, forks.tasks, sandboxes.tasks, flattener.tasks),
+            (branches.tasks, forks.tasks, sandboxes.tasks, flattener.tasks, archives.tasks),
             settings.drain_seconds,
         )
         if left:

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from forkpointd.registry.errors import RegistryUnusable
-from forkpointd.registry.schema import check_ours, migrate
+from forkpointd.registry.schema import PROMISES, check_ours, migrate
 
 OLDEST_SQLITE = (3, 31, 0)
 """The first with generated columns."""
@@ -38,6 +38,8 @@ def connect_writer(path: Path) -> sqlite3.Connection:
     try:
         _prepare(connection)
         migrate(connection)
+        for statement in PROMISES:
+            connection.execute(statement)
     except RegistryUnusable as error:
         connection.close()
         raise _unusable(path, str(error)) from error

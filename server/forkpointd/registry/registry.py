@@ -166,6 +166,20 @@ class Registry:
         """A snapshot that no branch of this registry makes. Raises ID_TAKEN."""
         await self.write(lambda c: snapshots.insert(c, snapshot))
 
+    async def promise_snapshots(self, snapshot_ids: Rows[str]) -> None:
+        """Keeps ids for snapshots that are being imported, all or none, as long as this server
+        runs. Raises ID_TAKEN."""
+        await self.write(lambda c: snapshots.promise(c, snapshot_ids))
+
+    async def take_snapshots_back(self, snapshot_ids: Rows[str]) -> None:
+        """Gives ids free that were promised. Idempotent."""
+        await self.write(lambda c: snapshots.take_back(c, snapshot_ids))
+
+    async def insert_imported(self, snapshots_: Rows[Snapshot], request: RequestKey | None) -> None:
+        """New snapshots whose ids were promised, all or none; the last is what was asked for.
+        Raises `RequestSeen`, REQUEST_ID_REUSED."""
+        await self.write(lambda c: snapshots.insert_imported(c, snapshots_, request))
+
     async def put_snapshot(self, snapshot: Snapshot) -> None:
         """Replaces the row. Raises SNAPSHOT_NOT_FOUND for a missing or deleted one."""
         await self.write(lambda c: snapshots.put(c, snapshot))

@@ -22,6 +22,7 @@ class ResourceKind(StrEnum):
     SANDBOX = "SANDBOX"
     BRANCH = "BRANCH"
     FORK = "FORK"
+    SNAPSHOT = "SNAPSHOT"
 
 
 def find(connection: Connection, request_id: str) -> RememberedRequest | None:

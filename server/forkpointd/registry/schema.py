@@ -205,6 +205,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
 )
 
+PROMISES: tuple[str, ...] = (
+    "PRAGMA temp_store = MEMORY",
+    "CREATE TEMP TABLE imports (snapshot_id TEXT NOT NULL PRIMARY KEY)",
+)
+"""Of the writer's connection, gone with it: ids of snapshots that are being imported. What a server
+that is gone was importing nobody goes on with."""
+
 
 def schema_version(connection: sqlite3.Connection) -> int:
     """How many migrations the file has seen."""

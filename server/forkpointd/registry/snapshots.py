@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from forkpointd.model import LayeredRow, Layout, Page, Reason, Snapshot
+from forkpointd.model import LayeredRow, Layout, Page, Reason, RequestKey, Snapshot
+from forkpointd.registry import requests
 from forkpointd.registry.codec import instant_text, parse_instant
+from forkpointd.registry.requests import ResourceKind
 from forkpointd.registry.rows import (
     BRANCH_UNFINISHED,
     FORK_UNFINISHED,
@@ -36,9 +38,37 @@ def insert(connection: Connection, snapshot: Snapshot, branch_id: str | None = N
     SNAPSHOTS.insert(connection, [snapshot])
 
 
+def promise(connection: Connection, snapshot_ids: Sequence[str]) -> None:
+    """Keeps ids for snapshots that are being imported. Raises ID_TAKEN."""
+    for snapshot_id in snapshot_ids:
+        check_id(connection, snapshot_id, None)
+        connection.execute("INSERT INTO imports VALUES (?)", (snapshot_id,))
+
+
+def take_back(connection: Connection, snapshot_ids: Sequence[str]) -> None:
+    """Gives ids free that were promised. Idempotent."""
+    for snapshot_id in snapshot_ids:
+        connection.execute("DELETE FROM imports WHERE snapshot_id = ?", (snapshot_id,))
+
+
+def insert_imported(
+    connection: Connection, snapshots: Sequence[Snapshot], request: RequestKey | None
+) -> None:
+    """New snapshots whose ids were promised: the last is what was asked for. Raises `RequestSeen`,
+    REQUEST_ID_REUSED."""
+    ids = [snapshot.snapshot_id for snapshot in snapshots]
+    requests.remember(connection, request, ResourceKind.SNAPSHOT, ids[-1])
+    take_back(connection, ids)
+    for snapshot in snapshots:
+        insert(connection, snapshot)
+
+
 def check_id(connection: Connection, snapshot_id: str, branch_id: str | None) -> None:
     """Raises ID_TAKEN unless a snapshot may be called so: also the id of one whose files wait to
-    be removed, and one that an unfinished branch (other than `branch_id`) will make, is taken."""
+    be removed, that is being imported, or that an unfinished branch (other than `branch_id`) will
+    make, is taken."""
+    if exists(connection, "imports", "snapshot_id = ?", snapshot_id):
+        raise id_taken("snapshot", snapshot_id, "is being imported")
     if exists(connection, "snapshots", "snapshot_id = ? AND deleted = 0", snapshot_id):
         raise id_taken("snapshot", snapshot_id)
     if exists(connection, "snapshots", "snapshot_id = ?", snapshot_id):

@@ -17,6 +17,7 @@ from forkpoint.v1 import (
     sandbox_pb2,
     server_service_pb2,
     snapshot_pb2,
+    snapshot_service_pb2,
 )
 from forkpointd import model
 from forkpointd.rpc import scalars
@@ -122,6 +123,22 @@ def snapshot(it: model.Snapshot) -> snapshot_pb2.Snapshot:
         drives=[drive(each) for each in it.machine.drives],
         vmm=vmm(it.vmm),
         digest=it.digest or "",
+    )
+
+
+def archive_piece(it: model.ArchivePiece) -> snapshot_service_pb2.ExportSnapshotResponse:
+    """Some bytes of an archive; in the first piece, which has none, what it will hold."""
+    info = None
+    if not it.data:
+        info = snapshot_service_pb2.ArchiveInfo(
+            snapshot_id=it.snapshot_id,
+            layout=scalars.LAYOUT.to_wire(it.layout),
+            image_count=it.image_count,
+            data_bytes=it.data_bytes,
+            content_bytes=it.total_bytes,
+        )
+    return snapshot_service_pb2.ExportSnapshotResponse(
+        info=info, data=it.data, done_bytes=it.done_bytes
     )
 
 

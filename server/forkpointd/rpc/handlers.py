@@ -2,7 +2,7 @@
 
 Services are registered from their descriptors: an object needs a method of the RPC's name, an
 `async def` of request and `Call` that returns the response (unary), or writes its responses with
-`call.write` (streams; of `Call` alone where the client streams too).
+`call.write` (streams; of `Call` alone where the client streams).
 
 Around it: our own decoding, so that bytes that are no message are the client's error; errors with
 a reason become statuses; anything else is a fault of the server, which the client sees as INTERNAL
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAKING = frozenset({"CreateSandbox", "BranchSandbox", "ForkSandboxes"})
+MAKING = frozenset({"CreateSandbox", "BranchSandbox", "ForkSandboxes", "ImportSnapshot"})
 """Methods that make something: refused while the server drains."""
 
 
@@ -90,9 +90,20 @@ def _method_handler(
 
         await _answer(work(), call, method.full_name)
 
+    async def stream_unary(_requests: object, context: Context) -> Any:
+        call = Call(context)
+
+        async def work() -> Any:
+            async with _ended_by(gate):
+                return await behaviour(call)
+
+        return await _answer(work(), call, method.full_name)
+
     decode = _decoder(method)
     if method.client_streaming and not method.server_streaming:
-        raise TypeError(f"{method.full_name}: no such kind of method is served")
+        return grpc.stream_unary_rpc_method_handler(
+            stream_unary, request_deserializer=decode, response_serializer=_encode
+        )
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(
             stream_stream, request_deserializer=decode, response_serializer=_encode

@@ -23,6 +23,7 @@ from forkpointd.rpc.drain import Gate
 from forkpointd.rpc.handlers import service_handler
 from forkpointd.rpc.health_service import HealthService
 from forkpointd.rpc.ports import (
+    ArchivePort,
     BranchPort,
     ConsolePort,
     ForkPort,
@@ -40,7 +41,7 @@ from forkpointd.rpc.unix_socket import UnixSocket
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 1024 * 1024
-"""The largest request we know of is 64 labels: less than 90 KiB."""
+"""The largest requests are console input and pieces of an archive, of which clients are told."""
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
 """What clients take by default. Pages end at half of it."""
 
@@ -77,6 +78,7 @@ class Ports:
     branches: BranchPort
     forks: ForkPort
     snapshots: SnapshotPort
+    archives: ArchivePort
     consoles: ConsolePort
     server: ServerPort
 
@@ -158,7 +160,11 @@ class RpcServer:
                 limits=self._limits,
                 image_roots=self._image_roots,
             ),
-            SNAPSHOT_SERVICE: SnapshotService(snapshots=self._ports.snapshots, limits=self._limits),
+            SNAPSHOT_SERVICE: SnapshotService(
+                snapshots=self._ports.snapshots,
+                archives=self._ports.archives,
+                limits=self._limits,
+            ),
             SERVER_SERVICE: ServerService(server=self._ports.server),
         }
         ours = [service.full_name for service in implementations]

@@ -12,7 +12,7 @@ from pathlib import Path
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
-from forkpoint.v1 import fork_pb2, sandbox_service_pb2
+from forkpoint.v1 import fork_pb2, sandbox_service_pb2, snapshot_service_pb2
 from forkpointd import model
 from forkpointd.rpc import scalars
 from forkpointd.rpc.fingerprint import fingerprint
@@ -116,6 +116,24 @@ def fork_spec(request: fork_pb2.ForkSpec) -> model.ForkSpec:
         ttl_seconds=_ttl(request),
         on_expiry=scalars.EXPIRY_ACTION.or_default(request.on_expiry, model.ExpiryAction.DELETE),
         on_failure=scalars.FAILURE_ACTION.or_default(request.on_failure, model.FailureAction.KEEP),
+    )
+
+
+def export_order(request: snapshot_service_pb2.ExportSnapshotRequest) -> model.ExportOrder:
+    """Make an archive of a snapshot."""
+    return model.ExportOrder(
+        snapshot_id=request.snapshot_id,
+        layout=scalars.ARCHIVE_LAYOUT.or_default(request.layout, model.ArchiveLayout.FLAT),
+        level=request.level or None,
+    )
+
+
+def import_order(request: snapshot_service_pb2.ImportOptions) -> model.ImportOrder:
+    """Make a snapshot of an archive."""
+    return model.ImportOrder(
+        snapshot_id=request.snapshot_id or None,
+        labels=dict(request.labels),
+        request=request_key(request, request.request_id, "ImportSnapshot"),
     )
 
 

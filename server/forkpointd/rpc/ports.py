@@ -15,14 +15,17 @@ from datetime import datetime
 from typing import Protocol
 
 from forkpointd.model import (
+    ArchivePiece,
     Branch,
     BranchOrder,
     BranchStage,
     BranchView,
     CreateOrder,
+    ExportOrder,
     Flattening,
     Fork,
     ForkOrder,
+    ImportOrder,
     Page,
     Sandbox,
     SandboxChange,
@@ -131,6 +134,18 @@ class SnapshotPort(Protocol):
 
     def verifying(self, snapshot_id: str) -> AsyncIterator[Verification]:
         """Compares it with its checksums: the state as of now, then each later one."""
+        ...
+
+
+class ArchivePort(Protocol):
+    """Snapshots that leave as archives, and archives that become snapshots."""
+
+    def export(self, order: ExportOrder) -> AsyncIterator[ArchivePiece]:
+        """The archive in pieces, the first without data."""
+        ...
+
+    async def import_(self, order: ImportOrder, pieces: AsyncIterator[bytes]) -> Snapshot:
+        """The snapshot, once all pieces came and were right; else nothing is left of it."""
         ...
 
 

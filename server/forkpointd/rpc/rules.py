@@ -28,6 +28,7 @@ MAX_DRIVES = 16
 MAX_BOOT_ARGS_BYTES = 2_048
 MAX_PATH_BYTES = 4_095
 """PATH_MAX without its NUL."""
+MAX_ARCHIVE_LEVEL = 12
 MAX_CONSOLE_INPUT_BYTES = 32 * 1024
 
 _UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.I)

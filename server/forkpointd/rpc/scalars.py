@@ -21,6 +21,7 @@ from forkpoint.v1 import (
     sandbox_pb2,
     server_service_pb2,
     snapshot_pb2,
+    snapshot_service_pb2,
 )
 from forkpointd import model
 
@@ -76,6 +77,7 @@ VMM_KIND = EnumMap(model.VmmKind, sandbox_pb2.VmmKind)
 DIRTY_BASE_STATE = EnumMap(model.DirtyBaseState, sandbox_pb2.DirtyBaseState)
 BRANCH_MODE = EnumMap(model.BranchMode, snapshot_pb2.BranchMode)
 LAYOUT = EnumMap(model.Layout, snapshot_pb2.Layout)
+ARCHIVE_LAYOUT = EnumMap(model.ArchiveLayout, snapshot_service_pb2.ArchiveLayout)
 BRANCH_STAGE = EnumMap(model.BranchStage, branch_pb2.BranchStage)
 COPY_METHOD = EnumMap(model.CopyMethod, branch_pb2.CopyMethod)
 STAGING_KIND = EnumMap(model.StagingKind, branch_pb2.StagingKind)

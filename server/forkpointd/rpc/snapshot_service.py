@@ -1,13 +1,17 @@
-"""SnapshotService: look at snapshots, label, delete and verify them, make them one file."""
+"""SnapshotService: look at snapshots, label, delete and verify them, make them one file, bring them
+from server to server."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from forkpoint.v1 import snapshot_service_pb2 as pb
-from forkpointd.model import Snapshot
+from forkpointd.model import FieldViolation, Snapshot
 from forkpointd.rpc import convert, orders, pages
 from forkpointd.rpc.call import Call
-from forkpointd.rpc.ports import Position, SnapshotPort
+from forkpointd.rpc.ports import ArchivePort, Position, SnapshotPort
 from forkpointd.rpc.rules import Limits
+from forkpointd.rpc.status import invalid_fields
 from forkpointd.rpc.validation import check
 from forkpointd.rpc.watching import released
 
@@ -15,8 +19,9 @@ from forkpointd.rpc.watching import released
 class SnapshotService:
     """Snapshots that are READY."""
 
-    def __init__(self, *, snapshots: SnapshotPort, limits: Limits) -> None:
+    def __init__(self, *, snapshots: SnapshotPort, archives: ArchivePort, limits: Limits) -> None:
         self._snapshots = snapshots
+        self._archives = archives
         self._limits = limits
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, _: Call) -> pb.GetSnapshotResponse:
@@ -81,6 +86,32 @@ class SnapshotService:
                         verified=each.verified,
                     )
                 )
+
+    async def ExportSnapshot(self, request: pb.ExportSnapshotRequest, call: Call) -> None:
+        """The pieces of an archive, no faster than the client takes them."""
+        check(request, self._limits)
+        order = orders.export_order(request)
+        async with released(self._archives.export(order)) as pieces:
+            async for each in pieces:
+                await call.write(convert.archive_piece(each))
+
+    async def ImportSnapshot(self, call: Call) -> pb.ImportSnapshotResponse:
+        """A snapshot of the pieces that come."""
+        request: pb.ImportSnapshotRequest | None = await call.next_request()
+        if request is None or request.WhichOneof("message") == "data":
+            raise invalid_fields((FieldViolation("options", "must be the first message"),))
+        check(request, self._limits)
+        pieces = self._pieces(call)
+        made = await self._archives.import_(orders.import_order(request.options), pieces)
+        return pb.ImportSnapshotResponse(snapshot=convert.snapshot(made))
+
+    async def _pieces(self, call: Call) -> AsyncIterator[bytes]:
+        while (request := await call.next_request()) is not None:
+            check(request, self._limits)
+            if request.WhichOneof("message") != "data":
+                wrong = FieldViolation("options", "is the first message only")
+                raise invalid_fields((wrong,))
+            yield request.data
 
 
 def _position(it: Snapshot) -> Position:

@@ -126,6 +126,17 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
     "DeleteSnapshotRequest": _ONE_SNAPSHOT,
     "FlattenSnapshotRequest": _ONE_SNAPSHOT,
     "VerifySnapshotRequest": _ONE_SNAPSHOT,
+    "ExportSnapshotRequest": {
+        **_ONE_SNAPSHOT,
+        "layout": anything,
+        "level": rules.at_most(rules.MAX_ARCHIVE_LEVEL),
+    },
+    "ImportSnapshotRequest": {"options": anything, "data": anything},
+    "ImportOptions": {
+        "request_id": rules.request_identifier,
+        "snapshot_id": _ID,
+        "labels": rules.labels,
+    },
     "GetServerInfoRequest": {},
 }
 """The rule of each field, by message. A rule is asked where the field is there and not empty; a
@@ -134,6 +145,7 @@ field that is a message of this table is looked into as well."""
 CHOICES: Mapping[str, OneOf] = {
     "CreateSandboxRequest": OneOf(("boot", "snapshot_id")),
     "AttachConsoleRequest": OneOf(("attach", "input")),
+    "ImportSnapshotRequest": OneOf(("options", "data")),
 }
 """Oneofs that must be set."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from forkpointd.images import (
     HostFacts,
     ImageError,
+    Manifest,
     Mismatch,
     SnapshotStore,
     StoredSnapshot,
@@ -102,7 +103,20 @@ class Starter:
             stored = self._store.open(snapshot_id)
         except (ImageError, OSError) as error:
             raise image_damaged(snapshot_id, error) from error
-        mismatches = check_fits(stored.manifest, self._host, strict=self._strict_host)
+        self.check_fits(stored.manifest, snapshot_id)
+        for drive in stored.manifest.drives:
+            if reason := drive.changed():
+                raise ForkpointError(
+                    Reason.DRIVE_CHANGED,
+                    f"drive {drive.drive_id} of snapshot {snapshot_id}: {reason}. A guest whose "
+                    "disk changes under it is corrupt: put the file back as it was",
+                    metadata={"snapshot_id": snapshot_id, "drive_id": drive.drive_id},
+                )
+        return stored
+
+    def check_fits(self, manifest: Manifest, snapshot_id: str) -> None:
+        """Refuses, as HOST_MISMATCH, what this host can't load; warns of other differences."""
+        mismatches = check_fits(manifest, self._host, strict=self._strict_host)
         refusals = [mismatch for mismatch in mismatches if mismatch.refuses]
         if refusals:
             raise _host_mismatch(snapshot_id, refusals)
@@ -114,15 +128,6 @@ class Starter:
                 mismatch.snapshot_value,
                 mismatch.host_value,
             )
-        for drive in stored.manifest.drives:
-            if reason := drive.changed():
-                raise ForkpointError(
-                    Reason.DRIVE_CHANGED,
-                    f"drive {drive.drive_id} of snapshot {snapshot_id}: {reason}. A guest whose "
-                    "disk changes under it is corrupt: put the file back as it was",
-                    metadata={"snapshot_id": snapshot_id, "drive_id": drive.drive_id},
-                )
-        return stored
 
     async def _start(self, row: Sandbox, requests: tuple[ApiRequest, ...]) -> Vmm:
         return await Vmm.start(

@@ -269,6 +269,42 @@ class FakeSnapshots(Scripted):
         yield model.Verification(snapshot_id, 10, 10, verified=True)
 
 
+class FakeArchives:
+    """An archive is its snapshot's id, again and again."""
+
+    def __init__(self, snapshots: FakeSnapshots) -> None:
+        self._snapshots = snapshots
+        self.exports: list[model.ExportOrder] = []
+        self.imports: list[model.ImportOrder] = []
+        self.got = b""
+        self.exporting = 0
+        self.takes: int | None = None
+        """After so many bytes an import is refused."""
+
+    async def export(self, order: model.ExportOrder) -> AsyncIterator[model.ArchivePiece]:
+        self.exports.append(order)
+        await self._snapshots.get(order.snapshot_id)
+        self.exporting += 1
+        try:
+            for done in range(0, 30, 10):
+                data = order.snapshot_id.encode() if done else b""
+                yield model.ArchivePiece(
+                    order.snapshot_id, model.Layout.LAYERED, 3, 25, 30, done, data
+                )
+        finally:
+            self.exporting -= 1
+
+    async def import_(
+        self, order: model.ImportOrder, pieces: AsyncIterator[bytes]
+    ) -> model.Snapshot:
+        self.imports.append(order)
+        async for piece in pieces:
+            self.got += piece
+            if self.takes is not None and len(self.got) > self.takes:
+                raise ForkpointError(Reason.ARCHIVE_INVALID, "it is damaged")
+        return await self._snapshots.get(order.snapshot_id or "s")
+
+
 class FakeWriter:
     """Takes bytes while its guest reads; `deaf` guests don't."""
 
@@ -365,8 +401,12 @@ class Rooms:
     branches: FakeBranches = field(default_factory=FakeBranches)
     forks: FakeForks = field(default_factory=FakeForks)
     snapshots: FakeSnapshots = field(default_factory=FakeSnapshots)
+    archives: FakeArchives = field(init=False)
     consoles: FakeConsoles = field(default_factory=FakeConsoles)
     server: FakeServer = field(default_factory=FakeServer)
+
+    def __post_init__(self) -> None:
+        self.archives = FakeArchives(self.snapshots)
 
     def ports(self) -> Ports:
         return Ports(
@@ -374,6 +414,7 @@ class Rooms:
             self.branches,
             self.forks,
             self.snapshots,
+            self.archives,
             self.consoles,
             self.server,
         )

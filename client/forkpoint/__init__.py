@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from forkpoint._async._snapshots import Snapshot, Snapshots
     from forkpoint._orders import UNCHANGED
     from forkpoint.enums import (
+        ArchiveLayout,
         BranchMode,
         BranchStage,
         CheckOutcome,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     )
     from forkpoint.errors import ForkpointError
     from forkpoint.views import (
+        ArchivePiece,
         BranchUpdate,
         DirtyBase,
         Drive,
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNCHANGED",
+    "ArchiveLayout",
+    "ArchivePiece",
     "Attachment",
     "BranchMode",
     "BranchStage",
@@ -148,6 +152,7 @@ _PLACES = {
     ),
     "forkpoint._orders": ("UNCHANGED",),
     "forkpoint.enums": (
+        "ArchiveLayout",
         "BranchMode",
         "BranchStage",
         "CheckOutcome",
@@ -166,6 +171,7 @@ _PLACES = {
     ),
     "forkpoint.errors": ("ForkpointError",),
     "forkpoint.views": (
+        "ArchivePiece",
         "BranchUpdate",
         "DirtyBase",
         "Drive",

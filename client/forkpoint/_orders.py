@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from forkpoint import _wire, durations
-from forkpoint.enums import BranchMode, ExpiryAction, FailureAction, Layout, choose
-from forkpoint.v1 import fork_pb2, sandbox_pb2, snapshot_pb2
+from forkpoint.enums import ArchiveLayout, BranchMode, ExpiryAction, FailureAction, Layout, choose
+from forkpoint.v1 import fork_pb2, sandbox_pb2, snapshot_pb2, snapshot_service_pb2
 from forkpoint.v1 import sandbox_service_pb2 as messages
 from forkpoint.views import Drive
 
@@ -157,6 +157,32 @@ def update_request(
     if not paths:
         raise ValueError("nothing to update: give labels, ttl or on_expiry")
     return request
+
+
+def export_request(
+    snapshot_id: str, layout: ArchiveLayout | str, level: int | None
+) -> snapshot_service_pb2.ExportSnapshotRequest:
+    """Asks for an archive."""
+    if level is not None and not 0 < level < 2**32:
+        raise ValueError(f"level is {level}: give 1 (fast) to 12 (small)")
+    return snapshot_service_pb2.ExportSnapshotRequest(
+        snapshot_id=snapshot_id,
+        layout=_wire.enum_to(snapshot_service_pb2.ArchiveLayout, choose(ArchiveLayout, layout)),
+        level=level or 0,
+    )
+
+
+def import_options(
+    snapshot_id: str | None, labels: Mapping[str, str] | None, request_id: str | None
+) -> snapshot_service_pb2.ImportSnapshotRequest:
+    """The first message of an import."""
+    return snapshot_service_pb2.ImportSnapshotRequest(
+        options=snapshot_service_pb2.ImportOptions(
+            request_id=request_id or new_request_id(),
+            snapshot_id=snapshot_id or "",
+            labels=labels,
+        )
+    )
 
 
 def console_attach(

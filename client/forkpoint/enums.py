@@ -153,6 +153,16 @@ class CopyMethod(StrEnum):
     """The data extents are copied."""
 
 
+class ArchiveLayout(StrEnum):
+    """How a snapshot is kept in an archive."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    FLAT = "FLAT"
+    """One image."""
+    KEPT = "KEPT"
+    """As the server keeps it: a LAYERED one with all that it stands on."""
+
+
 class StagingKind(StrEnum):
     """Where Firecracker writes in the window."""
 

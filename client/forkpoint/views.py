@@ -260,6 +260,16 @@ class ForkUpdate:
     """What the children wait for: their snapshot is made one file."""
 
 
+@dataclass(frozen=True, slots=True)
+class ArchivePiece:
+    """Some bytes of an archive, and how far it is with them."""
+
+    data: bytes
+    """Empty in the first piece."""
+    progress: Progress
+    """Of the content, before it is packed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchUpdate:
     """A branch as of one moment. Each update is whole: one that was missed takes nothing away."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import grpc
+from google.rpc import code_pb2
 
 from forkpoint.v1 import (
     branch_pb2,
@@ -32,6 +33,8 @@ from tests.unit.client_fake_state import (
     WAIT_SECONDS,
     Context,
     now,
+    refuse,
+    status_of,
 )
 
 
@@ -128,6 +131,39 @@ class Fake(
         yield p.VerifySnapshotResponse(
             snapshot_id=request.snapshot_id, done_bytes=10, total_bytes=10, verified=True
         )
+
+    def ExportSnapshot(  # noqa: N802
+        self, request: p.ExportSnapshotRequest, context: Context
+    ) -> Iterator[p.ExportSnapshotResponse]:
+        self._note("ExportSnapshot", request, context)
+        found = self._find("snapshot", self.snapshots, request.snapshot_id, context)
+        yield p.ExportSnapshotResponse(
+            info=p.ArchiveInfo(snapshot_id=found.snapshot_id, content_bytes=20)
+        )
+        yield p.ExportSnapshotResponse(data=b"archive of ", done_bytes=10)
+        if self.exports_to_break:
+            self.exports_to_break -= 1
+            refuse(context, status_of(code_pb2.DATA_LOSS, "IMAGE_DAMAGED", "a file is gone"))
+        yield p.ExportSnapshotResponse(data=found.snapshot_id.encode(), done_bytes=20)
+
+    def ImportSnapshot(  # noqa: N802
+        self, requests: Iterator[p.ImportSnapshotRequest], context: Context
+    ) -> p.ImportSnapshotResponse:
+        options = next(requests).options
+        self._note("ImportSnapshot", options, context)
+        archive = b""
+        for request in requests:
+            archive += request.data
+            if not b"archive of ".startswith(archive[:11]):
+                refuse(
+                    context,
+                    status_of(code_pb2.INVALID_ARGUMENT, "ARCHIVE_INVALID", "it is no archive"),
+                )
+        made = snapshot_pb2.Snapshot(
+            snapshot_id=options.snapshot_id or archive[11:].decode(), labels=options.labels
+        )
+        self.snapshots[made.snapshot_id] = made
+        return p.ImportSnapshotResponse(snapshot=made)
 
     def GetServerInfo(  # noqa: N802
         self, request: v.GetServerInfoRequest, context: Context

@@ -69,6 +69,7 @@ class FakeState:
         self.sandboxes: dict[str, sandbox_pb2.Sandbox] = {}
         self.snapshots: dict[str, snapshot_pb2.Snapshot] = {}
         self.flattens_to_break = 0
+        self.exports_to_break = 0
         self.branches: dict[str, branch_pb2.Branch] = {}
         self.forks: dict[str, fork_pb2.Fork] = {}
         self.consoles: dict[str, bytearray] = {}

@@ -3,24 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
+import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from forkpoint import _wire, durations
-from forkpoint._orders import fork_spec, new_request_id
+from forkpoint import _status, _wire, durations
+from forkpoint._orders import export_request, fork_spec, import_options, new_request_id
 from forkpoint._seam import blocking as seam
 from forkpoint._sync._calls import Calls, Follower
-from forkpoint.enums import ExpiryAction, FailureAction
+from forkpoint.enums import ArchiveLayout, ExpiryAction, FailureAction
 from forkpoint.errors import SnapshotNotFound
 from forkpoint.v1 import snapshot_service_pb2 as messages
 from forkpoint.v1.sandbox_service_pb2 import ForkSandboxesRequest
-from forkpoint.views import FlattenUpdate, SnapshotView, VerifyUpdate
+from forkpoint.views import ArchivePiece, FlattenUpdate, Progress, SnapshotView, VerifyUpdate
 
 if TYPE_CHECKING:
     from forkpoint._sync._forks import Children
+
+_PIECE_BYTES = 512 * 1024
+"""Of an archive in one message: servers take messages of 1 MiB."""
 
 
 class Snapshot(SnapshotView):
@@ -200,6 +205,98 @@ class Snapshots:
                 yield _wire.verifying(response)
         finally:
             follower.close()
+
+    def export(
+        self,
+        snapshot_id: str,
+        *,
+        layout: ArchiveLayout | str = ArchiveLayout.FLAT,
+        level: int | None = None,
+        timeout: durations.Duration | None = None,
+    ) -> Generator[ArchivePiece, None, None]:
+        """A snapshot as an archive: the data of all pieces, one after another.
+
+        `level` is how hard zstd tries, from 1 (fast) to 12 (small). A stream that broke is to be
+        begun anew.
+        """
+        self._calls.check_open()
+        seconds = None if timeout is None else durations.parse(timeout).total_seconds()
+        request = export_request(snapshot_id, layout, level)
+        call = self._calls.snapshots.ExportSnapshot(request, timeout=seconds)
+        total = 0
+        try:
+            for response in call:
+                self._calls.reached()
+                total = response.info.content_bytes or total
+                yield ArchivePiece(response.data, Progress(response.done_bytes, total))
+        except grpc.RpcError as raw:
+            raise self._calls.explain(_status.from_call(raw), seconds) from raw
+        finally:
+            call.cancel()
+
+    def export_to(
+        self,
+        file: BinaryIO,
+        snapshot_id: str,
+        *,
+        layout: ArchiveLayout | str = ArchiveLayout.FLAT,
+        level: int | None = None,
+        timeout: durations.Duration | None = None,
+        on_progress: Callable[[Progress], object] = lambda _: None,
+    ) -> int:
+        """Writes a snapshot as an archive to a file that is open for writing; returns its bytes."""
+        written = 0
+        with closing(
+            self.export(snapshot_id, layout=layout, level=level, timeout=timeout)
+        ) as pieces:
+            for piece in pieces:
+                seam.to_thread(file.write, piece.data)
+                written += len(piece.data)
+                on_progress(piece.progress)
+        return written
+
+    def import_from(
+        self,
+        file: BinaryIO,
+        *,
+        snapshot_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        request_id: str | None = None,
+        timeout: durations.Duration | None = None,
+        on_progress: Callable[[int], object] = lambda _: None,
+    ) -> Snapshot:
+        """Makes a snapshot of an archive, read from a file from where it stands.
+
+        It keeps its id unless another is given. `on_progress` is told how many bytes were sent.
+        The snapshot is there when this returns; if it fails there is nothing of it. Import only
+        archives that come from somebody you trust.
+        """
+        self._calls.check_open()
+        seconds = None if timeout is None else durations.parse(timeout).total_seconds()
+        failures: list[BaseException] = []
+
+        def messages_of() -> Iterator[messages.ImportSnapshotRequest]:
+            yield import_options(snapshot_id, labels, request_id)
+            sent = 0
+            try:
+                while data := seam.to_thread(file.read, _PIECE_BYTES):
+                    yield messages.ImportSnapshotRequest(data=data)
+                    sent += len(data)
+                    on_progress(sent)
+            except Exception as error:
+                failures.append(error)  # gRPC only says that the call was cancelled
+                raise
+
+        try:
+            response = self._calls.snapshots.ImportSnapshot(messages_of(), timeout=seconds)
+        except (grpc.RpcError, seam.CallEnded) as raw:
+            if failures:
+                raise failures[0] from None
+            if not isinstance(raw, grpc.RpcError):
+                raise
+            raise self._calls.explain(_status.from_call(raw), seconds) from raw
+        self._calls.reached()
+        return Snapshot(self._calls, _wire.snapshot(response.snapshot))
 
     def delete(self, snapshot_id: str, *, missing_ok: bool = False) -> None:
         """Deletes a snapshot. Nothing that was made from it breaks."""

@@ -10,11 +10,12 @@ import typer
 import forkpoint
 from forkpoint import durations
 from forkpoint.cli import output
+from forkpoint.cli.archives import archive_from, archive_to
 from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
 from forkpoint.cli.deletions import Deletions, delete_each, say_deleted
 from forkpoint.cli.progress import CopyDisplay
 from forkpoint.cli.pruning import prunable
-from forkpoint.views import SnapshotView, VerifyUpdate
+from forkpoint.views import Progress, SnapshotView, VerifyUpdate
 
 app = typer.Typer(
     help="""Images from which sandboxes start.
@@ -186,6 +187,85 @@ def verify(
                 for each in good
             ]
         )
+
+
+@app.command()
+def export(
+    snapshot_id: SnapshotId,
+    file: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Where to; - for standard output, the default."
+        ),
+    ] = "-",
+    layout: Annotated[
+        str,
+        typer.Option(metavar="flat|kept", help="One image, or layers as the server keeps them."),
+    ] = "flat",
+    level: Annotated[
+        int | None, typer.Option(metavar="N", help="1 (fast) to 12 (small). Default: 3.")
+    ] = None,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Write a snapshot to a file, from which `forkpoint snapshot import` makes it again.
+
+    The file appears when it is whole. Drives are not in it: only read-only ones may be there.
+
+    Example: `forkpoint snapshot export snap-1 -o snap-1.forkpoint`
+    """
+
+    async def work() -> int:
+        with archive_to(file) as target, CopyDisplay(output.err, "export", quiet=json) as display:
+            async with forkpoint.connect(address) as fp:
+                return await fp.snapshots.export_to(
+                    target,
+                    snapshot_id,
+                    layout=layout.upper(),
+                    level=level,
+                    on_progress=display.update,
+                )
+
+    written = run(work, json=json)
+    if file == "-":
+        return
+    if json:
+        output.print_json({"snapshot_id": snapshot_id, "file": file, "bytes": written})
+    else:
+        output.say(f"{file}: {output.size(written)}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The archive; - for standard input.")],
+    snapshot_id: Annotated[
+        str | None,
+        typer.Option("--id", metavar="ID", help="The id to give it. Default: the one it had."),
+    ] = None,
+    label: Labels = None,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Make a snapshot of a file that `forkpoint snapshot export` wrote.
+
+    It is refused, whole, where the server can't load it or the file was cut or altered. Import
+    only what comes from somebody you trust.
+
+    Example: `forkpoint snapshot import snap-1.forkpoint --id from-lab`
+    """
+
+    async def work() -> SnapshotView:
+        with archive_from(file) as (source, size_bytes):
+            async with forkpoint.connect(address) as fp:
+                with CopyDisplay(output.err, "import", quiet=json) as display:
+                    return await fp.snapshots.import_from(
+                        source,
+                        snapshot_id=snapshot_id,
+                        labels=pairs(label),
+                        on_progress=lambda sent: display.update(Progress(sent, size_bytes)),
+                    )
+
+    show(run(work, json=json), json=json)
 
 
 @app.command()

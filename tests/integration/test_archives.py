@@ -173,8 +173,8 @@ async def test_an_archive_survives_the_delete_of_its_snapshot(here: House, there
     assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
 
 
-async def flat_archive(house: House, memory_mib: int = MEMORY_MIB) -> bytes:
-    source = await house.boot("src", memory_mib)
+async def flat_archive(house: House) -> bytes:
+    source = await house.boot("src", MEMORY_MIB)
     await source.dirty(REGION_MIB)
     await house.ready("src", snapshot_id="one")
     return await exported(house, "one")
@@ -253,11 +253,16 @@ async def test_a_client_that_leaves_an_import_leaves_nothing(here: House) -> Non
     with pytest.raises(asyncio.CancelledError):
         await waiting
 
-    async def clean() -> bool:
-        return not here.half_made()
+    async def free() -> bool:
+        try:
+            return (await imported(here, archive, snapshot_id="two")).snapshot_id == "two"
+        except grpc.aio.AioRpcError as error:
+            assert reason(error) == "ID_TAKEN"
+            return False
 
-    await until(clean)
-    assert (await imported(here, archive, snapshot_id="two")).snapshot_id == "two"
+    await until(free)
+    assert here.half_made() == []
+    assert sorted(os.listdir(here.data_dir / "snapshots")) == ["one", "two"]
 
 
 async def test_cut_and_altered_archives_are_refused_whole(here: House) -> None:
@@ -317,7 +322,7 @@ def rewritten(archive: bytes, **changes: object) -> bytes:
 
 
 async def test_what_does_not_fit_the_host_is_refused_with_what_differs(here: House) -> None:
-    archive = await flat_archive(here, 64)
+    archive = await flat_archive(here)
     features = json.loads((here.data_dir / "snapshots" / "one" / "manifest.json").read_text())[
         "cpu_features"
     ]
@@ -336,7 +341,7 @@ async def test_what_does_not_fit_the_host_is_refused_with_what_differs(here: Hou
 
 
 async def test_drives_of_an_archive_are_looked_at_as_a_clients_are(here: House) -> None:
-    archive = await flat_archive(here, 64)
+    archive = await flat_archive(here)
     drive = {
         "drive_id": "data",
         "path": "/etc/hostname",

@@ -328,15 +328,23 @@ class Archives:
 
     async def _clean_up(self, work: _Import) -> None:
         """Of an import that failed, everything; of one that did not, the reservation."""
-        await asyncio.to_thread(work.unpacking.close)
-        for draft in work.drafts:
-            await asyncio.to_thread(self._store.discard, draft)
-        for snapshot_id in work.finalised:
-            await asyncio.to_thread(self._store.delete, snapshot_id)
-        if work.room is not None:
-            work.room.release()
-        if work.promised:
-            await self._registry.take_snapshots_back(work.promised)
+
+        def remove() -> None:
+            work.unpacking.close()
+            for draft in work.drafts:
+                self._store.discard(draft)
+            for snapshot_id in work.finalised:
+                self._store.delete(snapshot_id)
+
+        try:
+            await asyncio.to_thread(remove)
+        except OSError as error:
+            log.error("what is left of an import goes at the next start: %s", error)
+        finally:
+            if work.room is not None:
+                work.room.release()
+            if work.promised:
+                await self._registry.take_snapshots_back(work.promised)
 
     async def close(self) -> None:
         """Stops all imports; nothing of them is left."""

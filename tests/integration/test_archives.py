@@ -145,6 +145,17 @@ async def test_a_layered_snapshot_starts_on_another_server_page_by_page(
     assert there.half_made() == []
 
 
+async def test_an_imported_snapshot_can_be_verified_with_what_it_stands_on(here: House) -> None:
+    await layered_source(here)
+    await imported(here, await exported(here, "top", layout=KEPT), snapshot_id="new")
+    for name in ("layer-0", "layer-1", "top", "full", "root"):
+        await here.delete_snapshot(name)
+    request = pb.VerifySnapshotRequest(snapshot_id="new")
+    seen = [each async for each in here.snapshots.VerifySnapshot(request)]
+    assert seen[-1].verified
+    assert seen[-1].total_bytes > REGION_MIB * MIB
+
+
 async def test_what_an_imported_layer_stands_on_goes_with_it(here: House, there: House) -> None:
     await layered_source(here)
     await imported(there, await exported(here, "top", layout=KEPT))

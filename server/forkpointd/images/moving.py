@@ -24,6 +24,11 @@ from forkpointd.model import MIB
 CHUNK_BYTES = 4 * MIB
 """Between two calls of `gate`: some milliseconds of copying on an ordinary disk."""
 
+BUFFER_BYTES = MIB // 2
+"""What is read stays in the processor's cache until it is written: 50 MiB from tmpfs to ext4, in
+chunks of 4 MiB, took 100 ms through a buffer of 4 MiB, and 66 to 72 through one of 256 KiB to
+1 MiB."""
+
 CHUNK_EXTENTS = 256
 """The same for scattered pages, each of which costs as much as many bytes in a row."""
 
@@ -158,7 +163,8 @@ def move(source: OpenFile, target: OpenFile, extents: Extents, steps: Steps) -> 
             by_kernel = _copy_by_kernel(source, target, chunk)
         if not by_kernel:
             if buffer is None:
-                buffer = memoryview(mmap.mmap(-1, steps.chunk_bytes))  # page-aligned
+                length = min(BUFFER_BYTES, steps.chunk_bytes)
+                buffer = memoryview(mmap.mmap(-1, length))  # page-aligned
             _copy_by_buffer(source, target, chunk, buffer)
         start_writeback(target, chunk)
         moved += count
@@ -227,9 +233,10 @@ def _copy_by_buffer(
     """Reads and writes each extent. Reading near ones together, with the holes between them, was
     tried: tmpfs takes longer to make up a page of a hole than a call of its own takes."""
     for offset, length in chunk:
-        span = buffer[:length]
-        read_all(source, span, offset)
-        write_all(target, span, offset)
+        for at in range(offset, offset + length, len(buffer)):
+            span = buffer[: offset + length - at]
+            read_all(source, span, at)
+            write_all(target, span, at)
 
 
 def read_all(source: OpenFile, span: memoryview, offset: int) -> None:

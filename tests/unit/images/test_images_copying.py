@@ -379,6 +379,7 @@ def test_short_and_interrupted_calls_change_nothing(
         patch.setattr(syscalls, "copy_file_range", short_copy)
         patch.setattr(syscalls, "preadv", short_read)
         patch.setattr(syscalls, "pwrite", short_write)
+        patch.setattr(moving, "BUFFER_BYTES", 2 * PAGE)  # a chunk is more than it holds
         copy_whole(tmp_path / "source", tmp_path / "image", **free(), chunk_bytes=5 * PAGE)
     assert pages_in(tmp_path / "image") == contents(base)
     assert data_extents_of(tmp_path / "image", SIZE) == data_extents_of(tmp_path / "source", SIZE)

@@ -80,24 +80,24 @@ def _row(rows: Sequence[Row]) -> Figure:
     time.set_title("request to READY")
     logarithmic(time, "seconds (log)")
     ends = grouped(
-        [row for row in rows if GROWN in row.figures],
-        lambda row: (row.role, row.cell.flatten_depth),
+        [row for row in rows if row.role == FORKPOINT and GROWN in row.figures],
+        lambda row: row.cell.flatten_depth,
     )
     names = []
-    for number, ((role, depth), group) in enumerate(ends.items()):
+    for number, (depth, group) in enumerate(ends.items()):
         written, images, grown = (
             median(row.figures[name] for row in group.rows) / 2**20
             for name in (WRITTEN, FLATTENED, GROWN)
         )
-        names.append("FLAT" if role == FLAT else f"LAYERED,\n{_policy(depth)}")
+        names.append(_policy(depth))
         room.bar(number - 0.2, written, 0.35, color="#555555", label="written by the guest")
         if images:
             told = "images of flattens"
             room.bar(number - 0.2, images, 0.35, bottom=written, color="#AAAAAA", label=told)
         room.bar(number + 0.2, grown, 0.35, color="#56B4E9", label="growth on the disk")
     room.set_xticks(range(len(names)), names)
-    room.set_title("room that a row takes")
-    logarithmic(room, "MiB (log)")
+    room.set_title("room that a row of LAYERED takes")
+    room.set_ylabel("MiB")
     return finished(figure, axes)
 
 

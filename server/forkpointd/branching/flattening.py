@@ -100,7 +100,8 @@ class Flattener:
     async def _flatten(self, snapshot_id: str, meter: Meter) -> StoredSnapshot:
         with self._snapshots.hold(snapshot_id):
             stored, depth = await self._flatten_held(snapshot_id, meter)
-        await self._snapshots.collect()
+        # Nobody who waits for the image waits for the end of what it no longer stands on.
+        self.tasks.start_unwatched(self._snapshots.collect(), f"collect under {snapshot_id}")
         if depth:  # else somebody else had just done it
             log.info("snapshot %s is flat: it had %d layers", snapshot_id, depth)
         return stored

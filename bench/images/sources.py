@@ -16,6 +16,9 @@ from bench.served import Served, ServedError, entered
 from bench.witness import PAGES_PER_MIB, write_pages
 from forkpoint.v1 import branch_pb2, fork_pb2, snapshot_pb2
 
+REMOVE_SECONDS = 60.0
+POLL_SECONDS = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -45,6 +48,7 @@ class Source:
         self._id = place.name("source")
         self._stack = ExitStack()
         self._snapshots: list[str] = []
+        self._below: set[str] = set()
         # Its memory, and as much again while the first snapshot is staged.
         need_memory(2 * cell.touched_of(memory_mib))
         served.boot(self._id, memory_mib)
@@ -84,6 +88,8 @@ class Source:
         branch = self._served.branch(self._id, layout=layout)
         seconds = time.perf_counter() - start
         self._made(branch, layout, keep=keep)
+        if layout == snapshot_pb2.LAYOUT_FLAT and not keep:
+            self._stands_alone(self.last)
         return {SECONDS: seconds, **branch_figures(branch)}
 
     def branch_to_children(self, layout: snapshot_pb2.Layout.ValueType) -> dict[str, float]:
@@ -100,6 +106,7 @@ class Source:
         seconds = time.perf_counter() - start
         self._served.delete(child.sandbox_id for child in branch.fork.children)
         self._made(branch, layout, keep=False)
+        self._stands_alone(self.last)
         return {
             SECONDS: seconds,
             **branch_figures(branch),
@@ -110,13 +117,15 @@ class Source:
         """Flattens one of its snapshots; returns how long that took."""
         start = time.perf_counter()
         self._served.flatten(snapshot_id)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._stands_alone(snapshot_id)
+        return seconds
 
     def forget(self) -> None:
         """Deletes all snapshots but the last."""
         while len(self._snapshots) > 1:
             self._served.delete_snapshot(self._snapshots[0])
-            del self._snapshots[0]
+            self._below.add(self._snapshots.pop(0))
 
     def kept(self) -> list[snapshot_pb2.Snapshot]:
         """Its snapshots, the oldest first."""
@@ -136,6 +145,17 @@ class Source:
             raise ServedError(f"the branch was kept {snapshot_pb2.Layout.Name(branch.layout)}")
         if branch.pause_window.dirty_bytes < self._cell.dirty_mib << 20:
             raise ServedError(f"only {branch.pause_window.dirty_bytes} bytes were dirty")
+
+    def _stands_alone(self, snapshot_id: str) -> None:
+        """Waits until the server has removed what a snapshot stood on, and its layer: no trial is
+        to pay for the one before it. The snapshot is FLAT, and those below it are deleted."""
+        layer = self._served.files_of(snapshot_id) / "layer"
+        deadline = time.monotonic() + REMOVE_SECONDS
+        while layer.exists() or any(self._served.files_of(each).exists() for each in self._below):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server keeps what {snapshot_id} doesn't stand on")
+            time.sleep(POLL_SECONDS)
+        self._below.clear()
 
     def _delete(self) -> None:
         self._served.delete([self._id])

@@ -54,6 +54,7 @@ STEPS = {
     "merge": "forkpointd.branching.life:merge_staged_diff",
     "layer": "forkpointd.branching.life:place_layer",
     "flatten": "forkpointd.images.store:SnapshotStore.flatten",
+    "delete": "forkpointd.images.store:SnapshotStore.delete",
     "keep": "forkpointd.branching.unmerged:make_image",
     "compute": "forkpointd.branching.checksumming:compute",
     "compare": "forkpointd.branching.checksumming:compare",

@@ -74,6 +74,15 @@ def files_of(house: House, snapshot_id: str) -> list[str]:
     return sorted(names - {"checksums", "checksums.part"})
 
 
+async def is_one_file(house: House, snapshot_id: str) -> None:
+    """Waits until a snapshot that was flattened has no layer any more."""
+
+    async def so() -> bool:
+        return files_of(house, snapshot_id) == ["manifest.json", "memory", "vmstate"]
+
+    await until(so)
+
+
 async def folders_are(house: House, names: list[str]) -> None:
     """Waits until these are the snapshots on the disk: files go when nobody waits for it."""
 
@@ -105,7 +114,7 @@ async def test_layers_in_a_row_hold_what_a_full_holds_page_by_page(house: House)
     await house.ready("src", mode=FULL, snapshot_id="full")
     await resume(house, source)
     child = await house.child("last")
-    assert files_of(house, "last") == ["manifest.json", "memory", "vmstate"]
+    await is_one_file(house, "last")
     assert same_pages(house.memory_file("last"), house.memory_file("full")) == MEMORY_MIB * 256
     assert await child.verify(REGION_MIB) == await source.verify(REGION_MIB)
     assert (await get_snapshot(house, "last")).layout == FLAT
@@ -264,6 +273,18 @@ async def test_a_flatten_is_asked_for_and_followed(house: House) -> None:
     assert same_pages(house.memory_file("layer-1"), house.memory_file("full"))
     again = [each async for each in house.snapshots.FlattenSnapshot(request)]
     assert [(each.snapshot.layout, each.total_bytes) for each in again] == [(FLAT, 0)]
+
+
+async def test_nobody_who_flattens_waits_for_the_end_of_what_it_frees(house: HeldHouse) -> None:
+    source = await written_source(house)
+    (generation,) = await layers(house, source, 1)
+    await house.delete_snapshot("root")
+    async with house.held("delete") as hold:
+        child = await house.child("layer-0")
+        assert await child.verify(REGION_MIB - 2) == (0, generation, 1, 0)
+        await hold.reached()
+        assert "root" in os.listdir(house.data_dir / "snapshots")
+    await folders_are(house, ["layer-0"])
 
 
 async def test_a_layer_is_forked_in_the_branch_that_makes_it(house: House) -> None:

@@ -101,7 +101,7 @@ class Flattener:
         with self._snapshots.hold(snapshot_id):
             stored, depth = await self._flatten_held(snapshot_id, meter)
         # Nobody who waits for the image waits for the end of what it no longer stands on.
-        self.tasks.start_unwatched(self._snapshots.collect(), f"collect under {snapshot_id}")
+        self._snapshots.collect_soon()
         if depth:  # else somebody else had just done it
             log.info("snapshot %s is flat: it had %d layers", snapshot_id, depth)
         return stored

@@ -155,7 +155,7 @@ class Snapshots:
             if not self._held[snapshot_id]:
                 del self._held[snapshot_id]
                 if snapshot_id in self._passed_over | self._flattened:
-                    self._tasks.start_unwatched(self.collect(), "collect snapshots")
+                    self.collect_soon()
 
     @asynccontextmanager
     async def reading(self, snapshot_id: str) -> AsyncIterator[Chain]:
@@ -207,6 +207,10 @@ class Snapshots:
             return await self._registry.set_snapshot_digest(
                 manifest.snapshot_id, manifest.layout, digest, disk_bytes
             )
+
+    def collect_soon(self) -> None:
+        """Collects while the caller goes on."""
+        self._tasks.start_unwatched(self.collect(), "collect snapshots")
 
     async def collect(self) -> int:
         """Removes the files, then the rows, of deleted snapshots that nobody needs; returns how

@@ -145,6 +145,8 @@ def snapshot(message: snapshot_pb2.Snapshot) -> views.SnapshotView:
         drives=tuple(_drive(drive) for drive in message.drives),
         vmm=vmm(message.vmm) if message.HasField("vmm") else None,
         digest=message.digest or None,
+        exclusive_bytes=message.room.exclusive_bytes if message.HasField("room") else None,
+        shared_bytes=message.room.shared_bytes if message.HasField("room") else None,
     )
 
 

@@ -155,6 +155,10 @@ class SnapshotView:
     digest: str | None = None
     """Of the checksums of its files: `blake3:` and hexadecimal digits; None until they are
     computed."""
+    exclusive_bytes: int | None = None
+    """What its deletion would free now; None where it wasn't asked for (a branch's snapshot)."""
+    shared_bytes: int | None = None
+    """What else its image needs on the disk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -416,6 +416,16 @@ class CopyMethod(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotRoom:
+    """What a snapshot, with all that it stands on, holds on the disk."""
+
+    exclusive_bytes: int
+    """What its deletion would free now."""
+    shared_bytes: int
+    """The rest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """An immutable, READY image. `deleted` ones are out of the API and wait for the last sandbox
     that stands on them."""
@@ -435,6 +445,8 @@ class Snapshot:
     deleted: bool = False
     digest: str | None = None
     """Of its checksums, as `blake3:` and hexadecimal digits; None until they are computed."""
+    room: SnapshotRoom | None = None
+    """As of a moment, where it was asked for: no part of the row."""
 
 
 @dataclass(frozen=True, slots=True)

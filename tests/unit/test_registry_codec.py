@@ -46,7 +46,10 @@ EXTRA_COLUMNS = {
     "fork_children": {"fork_id", "child_index"},
     "requests": {"resource_kind", "create_time"},
 }
-ELSEWHERE: dict[str, dict[str, Any]] = {"forks": {"children": (), "flatten": None}}
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "forks": {"children": (), "flatten": None},
+    "snapshots": {"room": None},
+}
 """What of a model no column of its table holds."""
 MORE: dict[str, dict[str, Any]] = {
     "branches": {"sequence_limit": 0},

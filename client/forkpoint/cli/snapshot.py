@@ -59,7 +59,18 @@ def list_(
         output.say("no snapshots")
         return
     output.table(
-        ["SNAPSHOT", "OF", "MODE", "LAYOUT", "MEMORY", "DIRTIED", "ON DISK", "AGE", "LABELS"],
+        [
+            "SNAPSHOT",
+            "OF",
+            "MODE",
+            "LAYOUT",
+            "MEMORY",
+            "DIRTIED",
+            "ON DISK",
+            "EXCLUSIVE",
+            "AGE",
+            "LABELS",
+        ],
         [
             [
                 each.id,
@@ -69,12 +80,13 @@ def list_(
                 output.size(each.memory_mib * 2**20),
                 output.size(each.dirty_bytes),
                 output.size(each.disk_bytes),
+                _size(each.exclusive_bytes) or "-",
                 output.age(each.create_time),
                 output.labels(each.labels),
             ]
             for each in found
         ],
-        right=["MEMORY", "DIRTIED", "ON DISK", "AGE"],
+        right=["MEMORY", "DIRTIED", "ON DISK", "EXCLUSIVE", "AGE"],
     )
 
 
@@ -343,6 +355,10 @@ def prune(
         output.say(f"{count}, {held}; what something stands on keeps its room")
 
 
+def _size(count: int | None) -> str | None:
+    return None if count is None else output.size(count)
+
+
 def show(found: SnapshotView, *, json: bool) -> None:
     """One snapshot."""
     if json:
@@ -360,6 +376,8 @@ def show(found: SnapshotView, *, json: bool) -> None:
             ("vcpus", str(found.vcpus)),
             ("dirtied", output.size(found.dirty_bytes)),
             ("on disk", output.size(found.disk_bytes)),
+            ("exclusive", _size(found.exclusive_bytes)),
+            ("shared", _size(found.shared_bytes)),
             ("drives", ", ".join(f"{each.drive_id}={each.path}" for each in found.drives)),
             ("labels", output.labels(found.labels) if found.labels else None),
             ("age", output.age(found.create_time)),

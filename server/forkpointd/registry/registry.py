@@ -8,7 +8,7 @@ order; so are changes that were handed over in this order without awaiting.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Rows
 from datetime import datetime
 from functools import partial
@@ -30,8 +30,9 @@ from forkpointd.model import (
     Sandbox,
     SandboxState,
     Snapshot,
+    SnapshotRoom,
 )
-from forkpointd.registry import branches, forks, requests, sandboxes, snapshots, upkeep
+from forkpointd.registry import branches, forks, requests, room, sandboxes, snapshots, upkeep
 from forkpointd.registry.ballast import Ballast
 from forkpointd.registry.lanes import LaneStats, Operation, ReadLane, WriteLane
 from forkpointd.registry.opening import connect_reader, connect_writer
@@ -220,6 +221,10 @@ class Registry:
     async def chain_of_snapshot(self, snapshot_id: str) -> list[str]:
         """It and all that it stands on, deleted ones included, the newest first."""
         return await self.read(lambda c: snapshots.chain_of(c, snapshot_id))
+
+    async def rooms_of_snapshots(self, snapshot_ids: Collection[str]) -> dict[str, SnapshotRoom]:
+        """What each of those that are there holds on the disk."""
+        return await self.read(lambda c: room.rooms_of(c, snapshot_ids))
 
     async def bytes_of_chain(self, snapshot_id: str) -> int:
         """What it and all that it stands on have on the disk; 0 for one without a row."""

@@ -30,7 +30,7 @@ from forkpointd.registry.tables import Connection, Table
 T = TypeVar("T")
 
 SANDBOXES = Table("sandboxes", Sandbox, "sandbox_id")
-SNAPSHOTS = Table("snapshots", Snapshot, "snapshot_id")
+SNAPSHOTS = Table("snapshots", Snapshot, "snapshot_id", elsewhere=frozenset({"room"}))
 BRANCHES = Table("branches", Branch, "branch_id")
 FORKS = Table("forks", Fork, "fork_id", elsewhere=frozenset({"children", "flatten"}))
 CHILDREN = Table("fork_children", ForkChild, "sandbox_id")

@@ -123,6 +123,11 @@ def snapshot(it: model.Snapshot) -> snapshot_pb2.Snapshot:
         drives=[drive(each) for each in it.machine.drives],
         vmm=vmm(it.vmm),
         digest=it.digest or "",
+        room=None
+        if it.room is None
+        else snapshot_pb2.SnapshotRoom(
+            exclusive_bytes=it.room.exclusive_bytes, shared_bytes=it.room.shared_bytes
+        ),
     )
 
 

@@ -113,7 +113,7 @@ class ForkPort(Protocol):
 class SnapshotPort(Protocol):
     """Snapshots that are READY."""
 
-    async def get(self, snapshot_id: str) -> Snapshot: ...
+    async def get_with_room(self, snapshot_id: str) -> Snapshot: ...
 
     async def list(
         self,

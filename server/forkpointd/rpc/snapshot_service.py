@@ -27,7 +27,7 @@ class SnapshotService:
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, _: Call) -> pb.GetSnapshotResponse:
         """One snapshot."""
         check(request, self._limits)
-        found = await self._snapshots.get(request.snapshot_id)
+        found = await self._snapshots.get_with_room(request.snapshot_id)
         return pb.GetSnapshotResponse(snapshot=convert.snapshot(found))
 
     async def ListSnapshots(

@@ -117,6 +117,14 @@ class Snapshots:
             raise snapshot_not_found(snapshot_id)
         return snapshot
 
+    async def get_with_room(self, snapshot_id: str) -> Snapshot:
+        """The same, with what it holds on the disk."""
+        return (await self._with_rooms([await self.get(snapshot_id)]))[0]
+
+    async def _with_rooms(self, snapshots: Sequence[Snapshot]) -> Sequence[Snapshot]:
+        rooms = await self._registry.rooms_of_snapshots([each.snapshot_id for each in snapshots])
+        return [replace(each, room=rooms.get(each.snapshot_id)) for each in snapshots]
+
     async def list(
         self,
         *,
@@ -125,17 +133,18 @@ class Snapshots:
         labels: Mapping[str, str],
         source_sandbox_id: str | None,
     ) -> Page[Snapshot]:
-        """A page of READY snapshots."""
-        return await self._registry.list_snapshots(
+        """A page of READY snapshots, with what they hold on the disk."""
+        page = await self._registry.list_snapshots(
             page_size=page_size, after=after, labels=labels, source_sandbox_id=source_sandbox_id
         )
+        return replace(page, items=tuple(await self._with_rooms(page.items)))
 
     async def set_labels(self, snapshot_id: str, labels: Mapping[str, str]) -> Snapshot:
         """Replaces the labels."""
         async with self._edit:
             snapshot = replace(await self.get(snapshot_id), labels=dict(labels))
             await self._registry.put_snapshot(snapshot)
-        return snapshot
+        return (await self._with_rooms([snapshot]))[0]
 
     async def delete(self, snapshot_id: str) -> None:
         """Takes a snapshot out of the API (durably), and its files away if nobody needs them."""

@@ -221,6 +221,9 @@ class FakeSnapshots(Scripted):
         self.there: dict[str, model.Snapshot] = {}
         self.filters: list[tuple[Mapping[str, str], str | None]] = []
 
+    async def get_with_room(self, snapshot_id: str) -> model.Snapshot:
+        return await self.get(snapshot_id)
+
     async def get(self, snapshot_id: str) -> model.Snapshot:
         if snapshot_id not in self.there:
             raise ForkpointError(Reason.SNAPSHOT_NOT_FOUND, f"no snapshot {snapshot_id}")

@@ -72,6 +72,7 @@ def snapshot(snapshot_id: str = "snap-2", **changes: object) -> model.Snapshot:
         "disk_bytes": 1 << 20,
         "dirty_bytes": 1 << 16,
         "labels": {"step": "3"},
+        "room": model.SnapshotRoom(4_096, 8_192),
         "digest": "blake3:" + 64 * "0",
     }
     return model.Snapshot(**{**fields, **changes})  # type: ignore[arg-type]

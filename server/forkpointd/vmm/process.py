@@ -264,10 +264,10 @@ def resident_bytes(pid: int) -> int:
 
 
 def process_memory(pid: int) -> SandboxMemory:
-    """The memory of a VMM's process: its own (anonymous and shared pages, proc_pid_status(5), which
-    a guest's are) and that of files. Kept as counters by the kernel, 6 us a look; smaps_rollup
-    walks all page tables (10 ms a GiB) and keeps the guest from having new pages meanwhile. None at
-    all for a process that is gone."""
+    """The memory of a VMM's process: its own (anonymous pages, proc_pid_status(5), which a guest's
+    are once it has written to them) and that of files, on tmpfs too. Kept as counters by the
+    kernel, 6 us a look; smaps_rollup walks all page tables (10 ms a GiB) and keeps the guest from
+    having new pages meanwhile. None at all for a process that is gone."""
     try:
         fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -284,7 +284,21 @@ def process_memory(pid: int) -> SandboxMemory:
             int(line.split()[1]) for line in text.splitlines() if line.startswith(names)
         )
 
-    return SandboxMemory(counted(b"RssAnon:", b"RssShmem:"), counted(b"RssFile:"))
+    # RssShmem is an image on tmpfs that a child has mapped: its guest's own pages are anonymous.
+    return SandboxMemory(counted(b"RssAnon:"), counted(b"RssFile:", b"RssShmem:"))
+
+
+def has_mapped(pid: int, path: Path) -> bool:
+    """Whether a process has a file mapped; False for one that is gone. Raises OSError for a file
+    that can't be looked at."""
+    found = os.stat(path)
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    wanted = [device.encode(), str(found.st_ino).encode()]
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as maps:  # proc_pid_maps(5): device and inode
+            return any(line.split(maxsplit=5)[3:5] == wanted for line in maps)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False  # it has ended; another's process of the same number is none of ours
 
 
 # --- how it ends -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
     space       room that is reserved before it is used
     manifest    what a snapshot is; `fits` says whether it can be loaded on a host (hostfacts)
     packing     a snapshot as an archive, unpacking the way back; archive and seekable: its format
-    store       snapshot folders: made out of sight, seen whole or not at all
+    store       snapshot folders, on the disk and in memory: seen whole or not at all
     checksums   whether their files still hold what they held
 
 This room knows files only: not Firecracker, not the registry, not sandboxes. All of it is
@@ -55,6 +55,7 @@ from forkpointd.images.space import (
     Budget,
     Ledger,
     Limit,
+    MemoryRoom,
     NoRoom,
     Reservation,
     Room,
@@ -80,8 +81,9 @@ from forkpointd.images.store import (
     check_parent,
     data_bytes_of,
 )
+from forkpointd.images.syscalls import filesystem_of
 from forkpointd.images.unpacking import Unpacking, adopted
-from forkpointd.images.zeros import copy_full, punch_zeros
+from forkpointd.images.zeros import copy_full, punch_between, punch_zeros
 
 __all__ = [
     "DEFAULT_LEVEL",
@@ -103,6 +105,7 @@ __all__ = [
     "Ledger",
     "Limit",
     "Manifest",
+    "MemoryRoom",
     "Mismatch",
     "NoRoom",
     "Packing",
@@ -136,6 +139,7 @@ __all__ = [
     "data_extents",
     "data_extents_of",
     "digest_of",
+    "filesystem_of",
     "find_extents",
     "find_extents_of",
     "first_of",
@@ -147,6 +151,7 @@ __all__ = [
     "merge_diff",
     "pack_frame",
     "probe_staging",
+    "punch_between",
     "punch_zeros",
     "quota",
     "read_host_facts",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,11 @@ class Reservation:
         if count < 0:
             raise ValueError(f"bytes that landed are not negative: {count}")
         self._ledger.consume(self, count)
+
+    def keep(self, count: int) -> None:
+        """Gives back what is left beyond so many bytes: less is needed than was thought."""
+        with self._ledger.lock:
+            self._ledger.consume(self, max(0, self.left_bytes - count))
 
     def release(self) -> None:
         """Gives back what is left. Idempotent."""
@@ -277,6 +283,11 @@ class StagingRoom:
             room = self._tmpfs if choice.kind is StagingKind.TMPFS else self._disk
             return choice.kind, room.reserve(choice.bytes_to_reserve, what)
 
+    @property
+    def tmpfs(self) -> Room | None:
+        """The room in memory; None where there is none."""
+        return self._tmpfs
+
     def free_bytes(self) -> int:
         """What could be staged on tmpfs now; 0 without one. Raises OSError."""
         return 0 if self._tmpfs is None else self._tmpfs.free_bytes()
@@ -287,6 +298,55 @@ class StagingRoom:
         if self._tmpfs is None or self._area is None:
             return 0
         return self._area.used_bytes() + self._tmpfs.ledger.reserved_bytes
+
+
+class MemoryRoom:
+    """The room for images in memory: a folder on tmpfs with a budget of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        budget_bytes: int | None,
+        used_bytes: Callable[[], int],
+        *,
+        beside: Sequence[Room] = (),
+    ) -> None:
+        """`budget_bytes`: what images may have there at once (None: no limit but the machine's);
+        `used_bytes` tells what they have, and blocks. `beside`: rooms that may be on the same file
+        system, and share what is reserved there then. Raises OSError."""
+        device = os.stat(folder).st_dev
+        same = [room.ledger for room in beside if os.stat(room.path).st_dev == device]
+        self._shares = bool(same)
+        self._used_bytes = used_bytes
+        ledger = same[0] if same else Ledger()
+        self._own: weakref.WeakSet[Reservation] = weakref.WeakSet()
+
+        def used() -> int:
+            others = ledger.reserved_bytes - self._reserved_bytes()  # none of this budget
+            return used_bytes() - others
+
+        limits = [Limit("the host's memory", lambda _: available_memory_bytes())]
+        if budget_bytes is not None:
+            limits.append(quota("memory_images_bytes", budget_bytes, used))
+        self._room = Room(folder, ledger=ledger, limits=limits)
+
+    def reserve(self, count: int, what: str) -> Reservation:
+        """Promises `count` bytes to `what` (words for the error). Raises NoRoom, OSError."""
+        reservation = self._room.reserve(count, what)
+        self._own.add(reservation)
+        return reservation
+
+    def free_bytes(self) -> int:
+        """What a new image could have. Raises OSError."""
+        return self._room.free_bytes()
+
+    def held_bytes(self) -> int:
+        """Memory that images have or were promised, but for promises that the rooms beside this
+        one count as theirs. Raises OSError."""
+        return self._used_bytes() + (0 if self._shares else self._reserved_bytes())
+
+    def _reserved_bytes(self) -> int:
+        return sum(reservation.left_bytes for reservation in list(self._own))
 
 
 def available_memory_bytes(meminfo: Path = MEMINFO) -> int:

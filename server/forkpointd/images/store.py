@@ -7,12 +7,17 @@
                       /manifest.json
                       /checksums      of the files above, some time after they were made
     ROOT/.draft-<branch_id>/          a snapshot that is being made
+    ROOT/.copy-<snapshot_id>/         one that is being brought here from memory
     ROOT/.trash-<snapshot_id>-<n>/    one that is being removed
 
 A folder under its own name is complete and durable: the files are synced, then their folder, then
-it is renamed, then ROOT is synced (step 9). No id begins with a dot, so the three never meet.
+it is renamed, then ROOT is synced (step 9). No id begins with a dot, so the four never meet.
 Whether a complete folder *is* a snapshot is said by the registry alone; `sweep` removes the others
 after a crash. Folders are private to this user, files of a finished snapshot read-only.
+
+There may be a second root, on tmpfs, for snapshots of which no more is asked than that they survive
+this process; all is the same there, and syncing costs nothing. `write_back` brings one to the disk.
+From then on the disk's folder is the one that is used, and the other goes when nobody reads it.
 
 Synchronous; safe to use from several threads.
 """
@@ -33,7 +38,7 @@ from forkpointd.images.fs import Fs
 from forkpointd.images.layers import Layer
 from forkpointd.images.manifest import MAX_MANIFEST_BYTES, LayerWitness, Manifest
 from forkpointd.images.staging import allocated_bytes
-from forkpointd.model import ID_PATTERN, MIB, Layout
+from forkpointd.model import ID_PATTERN, MIB, Durability, Layout
 
 MEMORY_NAME = "memory"
 LAYER_NAME = "layer"
@@ -48,6 +53,7 @@ _PART = ".part"
 """Ends the name of a file that will take another's place."""
 
 _DRAFT = ".draft-"
+_COPY = ".copy-"
 _TRASH = ".trash-"
 
 
@@ -121,21 +127,25 @@ class Chain:
 
 
 class SnapshotStore:
-    """The snapshots' folder."""
+    """The snapshots' folders, on the disk and in memory."""
 
-    def __init__(self, root: Path, *, fs: Fs | None = None) -> None:
-        """`root` must exist. `fs` is for tests that let its calls fail."""
+    def __init__(
+        self, root: Path, *, memory_root: Path | None = None, fs: Fs | None = None
+    ) -> None:
+        """Both roots must exist. `fs` is for tests that let its calls fail."""
         self.root = root
+        self.memory_root = memory_root
+        self._roots = (root,) if memory_root is None else (root, memory_root)
         self._fs = fs or Fs()
         self._lock = threading.Lock()
-        self._at_work: set[str] = set()
-        """Names in ROOT that this process makes: `sweep` leaves them alone."""
+        self._at_work: set[Path] = set()
+        """Folders that this process makes: `sweep` leaves them alone."""
 
     # --- making ---
 
-    def draft(self, branch_id: str) -> Draft:
+    def draft(self, branch_id: str, durability: Durability = Durability.DISK) -> Draft:
         """A new, empty, private folder. Raises ImageError if there is one, OSError (ENOSPC)."""
-        draft = self._draft_of(branch_id)
+        draft = self._draft_in(self._root_for(durability), branch_id)
         try:
             self._fs.mkdir(draft.folder)
         except FileExistsError as error:
@@ -148,13 +158,17 @@ class SnapshotStore:
         none. A folder that was renamed to its `snapshot_id` already, but never became READY, is
         renamed back if it is this branch's. Raises OSError.
         """
-        draft = self._draft_of(branch_id)
-        if not draft.folder.is_dir():
+        drafts = [self._draft_in(root, branch_id) for root in self._roots]
+        found = [draft for draft in drafts if draft.folder.is_dir()]
+        if found:
+            draft = found[0]
+        else:
             finished = self._folder_of(snapshot_id)
             if not self._is_made_by(finished, branch_id):
                 return None
+            draft = self._draft_in(finished.parent, branch_id)
             self._fs.rename(finished, draft.folder)
-            self._fs.fsync_folder(self.root)
+            self._fs.fsync_folder(finished.parent)
         self._begin(draft.folder)
         self._fs.unlink(draft.manifest_path)
         for path in (draft.memory_path, draft.layer_path, draft.vmstate_path):
@@ -173,9 +187,10 @@ class SnapshotStore:
         The manifest gets the vmstate's size. If this fails (ImageError, OSError with the path)
         there is no snapshot of that id, and the draft is there, to be discarded or tried again.
         """
-        folder = self._folder_of(manifest.snapshot_id)
-        if os.path.lexists(folder):
-            raise ImageError(f"snapshot {manifest.snapshot_id} is there already: {folder}")
+        taken = self._folder_of(manifest.snapshot_id)
+        if os.path.lexists(taken):
+            raise ImageError(f"snapshot {manifest.snapshot_id} is there already: {taken}")
+        folder = draft.folder.with_name(manifest.snapshot_id)
         memory_path = draft.memory_path if manifest.layer is None else draft.layer_path
         memory_bytes = _size_of(memory_path)
         if memory_bytes != manifest.memory_bytes:
@@ -192,12 +207,86 @@ class SnapshotStore:
         self._begin(folder)
         fs.rename(draft.folder, folder)
         try:
-            fs.fsync_folder(self.root)
+            fs.fsync_folder(folder.parent)
         except OSError:
             fs.rename(folder, draft.folder)
             raise
         self._end(draft.folder)
         return folder
+
+    # --- from memory to the disk ---
+
+    def write_back(
+        self, snapshot_id: str, copy: Callable[[StoredSnapshot, Path, Path], object]
+    ) -> StoredSnapshot:
+        """Brings a snapshot that is in memory to the disk, durably: `copy(snapshot, file, target)`
+        makes a new file of one of its files. Until that is done it is the one in memory; from then
+        on it is the one on the disk, and that in memory stays for those who read it:
+        `remove_from_memory` when nobody does. One that is on the disk is left so.
+
+        Not to be called twice at once for one snapshot. Raises ImageError, OSError, and what `copy`
+        raises; then nothing of it is on the disk.
+        """
+        stored = self.open(snapshot_id)
+        if stored.folder.parent == self.root:
+            self._fs.fsync_folder(self.root)  # whoever renamed it may have been ended before
+            return stored
+        folder, part = self.root / snapshot_id, self.root / (_COPY + snapshot_id)
+        self._begin(part)
+        self._begin(folder)
+        try:
+            self._remove_folder(part)
+            self._fs.mkdir(part)
+            for name in sorted(os.listdir(stored.folder)):
+                copy(stored, stored.folder / name, part / name)
+                self._seal(part / name)
+            self._fs.fsync_folder(part)
+            self._fs.rename(part, folder)
+            try:
+                self._fs.fsync_folder(self.root)
+            except OSError:
+                self._fs.rename(folder, part)
+                raise
+        except BaseException:
+            self._remove_folder(part)
+            raise
+        finally:
+            self._end(part)
+            self._end(folder)
+        return StoredSnapshot(folder, stored.manifest)
+
+    def sync(self) -> None:
+        """Makes the names of what was written back durable. Raises OSError."""
+        self._fs.fsync_folder(self.root)
+
+    def is_in_memory(self, snapshot_id: str) -> bool:
+        """Whether its files are in memory only. Of one that isn't there: no."""
+        folder = self._folder_of(snapshot_id)
+        return folder.parent == self.memory_root and os.path.lexists(folder)
+
+    def left_in_memory(self) -> tuple[str, ...]:
+        """Which snapshots are on the disk and in memory still. Raises OSError."""
+        if self.memory_root is None:
+            return ()
+        return tuple(
+            name
+            for name in os.listdir(self.memory_root)
+            if ID_PATTERN.fullmatch(name) and os.path.lexists(self.root / name)
+        )
+
+    def memory_copy(self, snapshot_id: str) -> Path | None:
+        """What children that were started before the write-back have mapped; None where there is
+        no such file. Raises OSError."""
+        if self.memory_root is None:
+            return None
+        path = self.memory_root / _checked(snapshot_id) / MEMORY_NAME
+        return path if os.path.lexists(path) else None
+
+    def remove_from_memory(self, snapshot_id: str) -> None:
+        """Removes the files in memory of a snapshot that is on the disk. Idempotent; one that is
+        in memory only is left alone. Raises OSError; try again then."""
+        if self.memory_root is not None and os.path.lexists(self.root / _checked(snapshot_id)):
+            self._delete_from(self.memory_root, snapshot_id)
 
     # --- using ---
 
@@ -308,7 +397,7 @@ class SnapshotStore:
         """Of which FLAT snapshots a crash left the layer. Raises OSError."""
         return tuple(
             name
-            for name in self._names()
+            for name in self._names(self.root)
             if ID_PATTERN.fullmatch(name) and self._is_flattened(self.root / name)
         )
 
@@ -361,9 +450,16 @@ class SnapshotStore:
     def delete(self, snapshot_id: str) -> bool:
         """Removes a snapshot's files; False if there were none. From the first step on it isn't
         visible; what a crash leaves is `sweep`'s. Raises OSError; try again then."""
-        folder = self._folder_of(snapshot_id)
+        _checked(snapshot_id)
+        removed = False
+        for root in reversed(self._roots):  # in memory first: else it would be seen there again
+            removed |= self._delete_from(root, snapshot_id)
+        return removed
+
+    def _delete_from(self, root: Path, snapshot_id: str) -> bool:
+        folder = root / snapshot_id
         with self._lock:
-            trash = self._free_trash_name(snapshot_id)
+            trash = self._free_trash_name(root, snapshot_id)
             try:
                 self._fs.rename(folder, trash)
             except FileNotFoundError:
@@ -377,26 +473,30 @@ class SnapshotStore:
         works on; returns how many. Raises OSError."""
         kept = {_DRAFT + branch_id for branch_id in keep}
         return self._remove_all(
-            name for name in self._names() if name.startswith(_DRAFT) and name not in kept
+            root / name
+            for root in self._roots
+            for name in self._names(root)
+            if name.startswith(_DRAFT) and name not in kept
         )
 
     def leftovers(self, known_ids: Collection[str]) -> tuple[Path, ...]:
         """Folders that are no snapshots: trash, drafts, and complete ones whose ids are not in
         `known_ids`; without those that this process works on. Foreign names are not touched."""
         return tuple(
-            self.root / name
-            for name in self._names()
-            if name.startswith((_TRASH, _DRAFT))
+            root / name
+            for root in self._roots
+            for name in self._names(root)
+            if name.startswith((_TRASH, _DRAFT, _COPY))
             or (ID_PATTERN.fullmatch(name) and name not in known_ids)
         )
 
     def remove_leftover(self, path: Path) -> None:
         """Removes one of the leftovers. Raises OSError."""
-        self._remove_all([path.name])
+        self._remove_all([path])
 
     def sweep(self, known_ids: Collection[str]) -> int:
         """Removes the leftovers; returns how many. Raises OSError."""
-        return self._remove_all(path.name for path in self.leftovers(known_ids))
+        return self._remove_all(self.leftovers(known_ids))
 
     # --- looking ---
 
@@ -407,19 +507,19 @@ class SnapshotStore:
     def all_bytes(self) -> int:
         """Room that everything in ROOT takes up, what is being made or removed included; blocks
         shared by reflink count for each owner. Raises OSError."""
-        count = 0
-        for name in os.listdir(self.root):
-            with suppress(FileNotFoundError, NotADirectoryError):  # it went meanwhile
-                count += data_bytes_of(self.root / name)
-        return count
+        return _bytes_in(self.root)
+
+    def memory_bytes(self) -> int:
+        """The same of what is in memory."""
+        return 0 if self.memory_root is None else _bytes_in(self.memory_root)
 
     def folder_count(self) -> int:
-        """How many names there are in ROOT."""
-        return len(os.listdir(self.root))
+        """How many names there are in both roots."""
+        return sum(len(os.listdir(root)) for root in self._roots)
 
     def draft_name(self, branch_id: str) -> str:
-        """The name of a branch's draft in ROOT."""
-        return self._draft_of(branch_id).folder.name
+        """The name of a branch's draft in its root."""
+        return self._draft_in(self.root, branch_id).folder.name
 
     def odd_files(self, stored: StoredSnapshot) -> tuple[Path, ...]:
         """What lies in a snapshot's folder and is no part of it: a flatten that was broken off
@@ -431,22 +531,36 @@ class SnapshotStore:
     # --- inside ---
 
     def _folder_of(self, snapshot_id: str) -> Path:
-        return self.root / _checked(snapshot_id)
+        """The disk's, if it is there, else the one in memory, if that is there."""
+        folder = self.root / _checked(snapshot_id)
+        if self.memory_root is not None and not os.path.lexists(folder):
+            in_memory = self.memory_root / snapshot_id
+            # Looked at in this order: meanwhile it may be written back, and removed there.
+            if os.path.lexists(in_memory) and not os.path.lexists(folder):
+                return in_memory
+        return folder
 
-    def _draft_of(self, branch_id: str) -> Draft:
-        return Draft(branch_id, self.root / (_DRAFT + _checked(branch_id)))
+    def _root_for(self, durability: Durability) -> Path:
+        if durability is Durability.DISK:
+            return self.root
+        if self.memory_root is None:
+            raise ImageError("there is no folder for images in memory")
+        return self.memory_root
+
+    def _draft_in(self, root: Path, branch_id: str) -> Draft:
+        return Draft(branch_id, root / (_DRAFT + _checked(branch_id)))
 
     def _begin(self, folder: Path) -> None:
         with self._lock:
-            self._at_work.add(folder.name)
+            self._at_work.add(folder)
 
     def _end(self, folder: Path) -> None:
         with self._lock:
-            self._at_work.discard(folder.name)
+            self._at_work.discard(folder)
 
-    def _names(self) -> list[str]:
+    def _names(self, root: Path) -> list[str]:
         with self._lock:
-            return sorted(name for name in os.listdir(self.root) if name not in self._at_work)
+            return sorted(name for name in os.listdir(root) if root / name not in self._at_work)
 
     def _is_made_by(self, folder: Path, branch_id: str) -> bool:
         try:
@@ -454,19 +568,19 @@ class SnapshotStore:
         except (ImageError, FileNotFoundError, NotADirectoryError):
             return False
 
-    def _free_trash_name(self, snapshot_id: str) -> Path:
+    def _free_trash_name(self, root: Path, snapshot_id: str) -> Path:
         number = 0
-        while os.path.lexists(path := self.root / f"{_TRASH}{snapshot_id}-{number}"):
+        while os.path.lexists(path := root / f"{_TRASH}{snapshot_id}-{number}"):
             number += 1
         return path
 
-    def _remove_all(self, names: Iterable[str]) -> int:
+    def _remove_all(self, folders: Iterable[Path]) -> int:
         count = 0
-        for name in names:
-            if ID_PATTERN.fullmatch(name):
-                self.delete(name)
+        for folder in folders:
+            if ID_PATTERN.fullmatch(folder.name):
+                self._delete_from(folder.parent, folder.name)
             else:
-                self._remove_folder(self.root / name)
+                self._remove_folder(folder)
             count += 1
         return count
 
@@ -478,13 +592,13 @@ class SnapshotStore:
             return
         if not is_folder:  # nor a link to one, whose files are not ours
             self._fs.unlink(folder)
-            self._fs.fsync_folder(self.root)
+            self._fs.fsync_folder(folder.parent)
             return
         names = os.listdir(folder)
         for name in names:
             self._fs.unlink(folder / name)
         self._fs.rmdir(folder)
-        self._fs.fsync_folder(self.root)
+        self._fs.fsync_folder(folder.parent)
 
 
 def check_parent(parent: Manifest, child: Manifest, layer: LayerWitness) -> None:
@@ -504,6 +618,14 @@ def check_parent(parent: Manifest, child: Manifest, layer: LayerWitness) -> None
 def data_bytes_of(folder: Path) -> int:
     """Blocks that the files of a folder have, in bytes. Raises OSError."""
     return sum(allocated_bytes(folder / name) for name in os.listdir(folder))
+
+
+def _bytes_in(root: Path) -> int:
+    count = 0
+    for name in os.listdir(root):
+        with suppress(FileNotFoundError, NotADirectoryError):  # it went meanwhile
+            count += data_bytes_of(root / name)
+    return count
 
 
 def _checked(any_id: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from forkpointd.images import syscalls
 from forkpointd.images.copying import CopyResult
+from forkpointd.images.extents import Extents
 from forkpointd.images.moving import (
     CHUNK_BYTES,
     Gate,
@@ -40,6 +41,9 @@ from forkpointd.model import CopyMethod
 BLOCK_BYTES = 64 * 1024
 """What is left out is whole blocks: by single pages an image of scattered ones would have more
 extents than it saves bytes."""
+
+GAPS_AT_ONCE = 256
+"""Between two looks whether a window is open."""
 
 _NO_PUNCHING = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOSPC})
 """Where no hole can be punched, or (copy on write, a full disk) not now: the zeros then stay."""
@@ -82,6 +86,33 @@ def copy_full(
             progress(written)
             left_out(count - written)
         return CopyResult(CopyMethod.COPY, copied, size_bytes - copied, size_bytes)
+
+
+def punch_between(path: Path, extents: Extents, *, should_stop: ShouldStop, gate: Gate) -> int:
+    """Makes holes of what lies between the extents of a diff, which says nothing: it was allocated
+    ahead of the window, and not written. Returns the bytes that were looked for, 0 where the file
+    system can't. Raises Stopped, ImageError, OSError with the path; the extents stay as they are.
+    """
+    steps = Steps(lambda _: None, should_stop, gate, CHUNK_BYTES)
+    with open_file(path, os.O_RDWR) as diff:
+        gaps = []
+        position = 0
+        for offset, length in (*extents.pairs(), (diff.size_bytes, 0)):
+            if offset > position:
+                gaps.append((position, offset - position))
+            position = offset + length
+        punched = 0
+        for first in range(0, len(gaps), GAPS_AT_ONCE):
+            steps.before_chunk()
+            for offset, length in gaps[first : first + GAPS_AT_ONCE]:
+                try:
+                    syscalls.punch_hole(diff.fd, offset, length)
+                except OSError as error:
+                    if error.errno in _NO_PUNCHING:
+                        return punched
+                    raise diff.named(error) from error
+                punched += length
+        return punched
 
 
 def punch_zeros(

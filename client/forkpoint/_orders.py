@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from forkpoint import _wire, durations
-from forkpoint.enums import ArchiveLayout, BranchMode, ExpiryAction, FailureAction, Layout, choose
+from forkpoint.enums import (
+    ArchiveLayout,
+    BranchMode,
+    Durability,
+    ExpiryAction,
+    FailureAction,
+    Layout,
+    choose,
+)
 from forkpoint.v1 import fork_pb2, sandbox_pb2, snapshot_pb2, snapshot_service_pb2
 from forkpoint.v1 import sandbox_service_pb2 as messages
 from forkpoint.views import Drive
@@ -61,6 +69,7 @@ def branch_request(
     *,
     mode: BranchMode | str,
     layout: Layout | str,
+    durability: Durability | str,
     branch_id: str | None,
     snapshot_id: str | None,
     max_pause: durations.Duration | None,
@@ -76,6 +85,7 @@ def branch_request(
         snapshot_id=snapshot_id or "",
         mode=_wire.enum_to(snapshot_pb2.BranchMode, choose(BranchMode, mode)),
         layout=_wire.enum_to(snapshot_pb2.Layout, choose(Layout, layout)),
+        durability=_wire.enum_to(snapshot_pb2.Durability, choose(Durability, durability)),
         max_pause=_wire.duration_to(max_pause),
         labels=labels,
         fork=fork,

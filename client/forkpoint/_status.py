@@ -33,6 +33,7 @@ _BY_REASON: dict[str, type[ForkpointError]] = {
     "DIRTY_BASE_INVALID": errors.DirtyBaseInvalid,
     "BRANCH_NOT_CANCELLABLE": errors.BranchNotCancellable,
     "HOST_MISMATCH": errors.HostMismatch,
+    "SNAPSHOT_LOST": errors.SnapshotLost,
     "CONSOLE_BUSY": errors.ConsoleBusy,
     "CONSOLE_FULL": errors.ConsoleFull,
     "NO_VMM": errors.NoVmm,

@@ -147,6 +147,8 @@ def snapshot(message: snapshot_pb2.Snapshot) -> views.SnapshotView:
         digest=message.digest or None,
         exclusive_bytes=message.room.exclusive_bytes if message.HasField("room") else None,
         shared_bytes=message.room.shared_bytes if message.HasField("room") else None,
+        state=enum_from(enums.SnapshotState, snapshot_pb2.SnapshotState, message.state),
+        durability=enum_from(enums.Durability, snapshot_pb2.Durability, message.durability),
     )
 
 
@@ -234,6 +236,7 @@ def branch(message: branch_pb2.Branch) -> views.BranchUpdate:
         mode_reason=message.mode_reason or None,
         requested_layout=enum_from(enums.Layout, snapshot_pb2.Layout, message.requested_layout),
         layout=enum_from(enums.Layout, snapshot_pb2.Layout, message.layout),
+        durability=enum_from(enums.Durability, snapshot_pb2.Durability, message.durability),
         precopy=views.Progress(
             precopy.done_bytes,
             precopy.total_bytes,

@@ -115,6 +115,27 @@ class Layout(StrEnum):
     """The diff of the window over the parent: nothing of the parent is copied."""
 
 
+class Durability(StrEnum):
+    """What READY means for the files of a snapshot."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    """The same as DISK."""
+    DISK = "DISK"
+    """They are synced to the disk."""
+    MEMORY = "MEMORY"
+    """They are in memory: there after a restart of the server, but not after a reboot. The server
+    writes them to the disk in the background."""
+
+
+class SnapshotState(StrEnum):
+    """Whether a snapshot can be used."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    READY = "READY"
+    LOST = "LOST"
+    """It was kept in memory only, and went with it: all that is left to do is to delete it."""
+
+
 class BranchStage(StrEnum):
     """Where a branch stands. READY, FAILED and CANCELLED end it."""
 

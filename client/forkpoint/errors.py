@@ -134,6 +134,10 @@ class BranchNotCancellable(FailedPrecondition):
     """The branch has reached its pause window or has ended; delete its snapshot instead."""
 
 
+class SnapshotLost(FailedPrecondition):
+    """The snapshot was kept in memory only, and went with it; delete it."""
+
+
 class HostMismatch(FailedPrecondition):
     """The snapshot doesn't fit this host; `fields` names each difference."""
 

@@ -17,6 +17,7 @@ from forkpoint.enums import (
     CheckOutcome,
     CopyMethod,
     DirtyBaseState,
+    Durability,
     ExpiryAction,
     FailureAction,
     ForkChildState,
@@ -24,6 +25,7 @@ from forkpoint.enums import (
     Layout,
     SandboxExitCause,
     SandboxState,
+    SnapshotState,
     StagingKind,
     VmmKind,
     WishedState,
@@ -131,7 +133,7 @@ class SandboxView:
 
 @dataclass(slots=True, kw_only=True)
 class SnapshotView:
-    """An immutable image from which sandboxes start; durable, complete and bootable."""
+    """An immutable image from which sandboxes start: complete and bootable, unless it is LOST."""
 
     id: str
     create_time: datetime | None
@@ -147,7 +149,7 @@ class SnapshotView:
     vcpus: int
     memory_mib: int
     disk_bytes: int
-    """What its files take on the disk (holes take none)."""
+    """What its files take on the disk, or in memory (holes take none)."""
     dirty_bytes: int
     """What its window wrote."""
     drives: tuple[Drive, ...]
@@ -159,6 +161,10 @@ class SnapshotView:
     """What its deletion would free now; None where it wasn't asked for (a branch's snapshot)."""
     shared_bytes: int | None = None
     """What else its image needs on the disk."""
+    state: SnapshotState = SnapshotState.READY
+    durability: Durability = Durability.DISK
+    """What its files have now: of one that was made with MEMORY this is DISK once it was written
+    back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +312,8 @@ class BranchUpdate:
     create_time: datetime | None
     end_time: datetime | None
     predicted_pause: timedelta | None
+    durability: Durability = Durability.DISK
+    """What READY means for its snapshot."""
 
     @property
     def duration(self) -> timedelta | None:

@@ -196,7 +196,7 @@ def _fsck(settings: Settings, repair: bool, as_json: bool) -> int:
     if not registry.is_file():
         return _fail(EX_CANTCREAT, f"there is no registry {registry}: no server has worked there")
     try:
-        data = open_data_dir(settings.data_dir, settings.staging_dir)
+        data = open_data_dir(settings.data_dir, settings.staging_dir, settings.memory_images_dir)
         try:
             report = asyncio.run(check_data_folder(data, repair=repair))
         finally:

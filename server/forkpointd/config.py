@@ -86,6 +86,14 @@ class Settings(BaseSettings):
     """A tmpfs in which windows are staged when they fit."""
     staging_bytes: int | None = Field(default=None, ge=0)
     """Budget of staging on tmpfs; None: what the tmpfs and MemAvailable allow."""
+    memory_images_dir: AbsolutePath | None = None
+    """A tmpfs for images that are kept in memory (durability MEMORY); None: `staging_dir`."""
+    memory_images_bytes: int | None = Field(default=None, ge=0)
+    """Budget of images in memory; None: what the tmpfs, MemAvailable and the memory budget allow;
+    0: none are kept there."""
+    write_back_delay_seconds: float = Field(default=0.0, ge=0)
+    """An image in memory is written to the disk when it is as old as that: what is deleted before
+    never costs a disk anything."""
     preallocate_bytes: int | None = Field(default=None, ge=0)
     """Memory for pages that are had before windows, where they are likely to write; None: an eighth
     of the memory; 0: none are."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,10 +32,12 @@ from forkpointd.branching.prediction import PausePredictor
 from forkpointd.branching.quiet import Bandwidth, Quiet
 from forkpointd.branching.service import Branches
 from forkpointd.branching.workshop import Workshop
+from forkpointd.branching.write_back import WriteBack
 from forkpointd.config import Settings
 from forkpointd.host import (
     check_data_dir,
     check_kvm,
+    check_memory_images,
     check_reflink,
     check_staging,
     choose_binary,
@@ -45,6 +47,7 @@ from forkpointd.host import (
 from forkpointd.images import (
     Budget,
     Limit,
+    MemoryRoom,
     Room,
     SnapshotStore,
     StagingArea,
@@ -158,7 +161,7 @@ class Daemon:
 
     async def _serve(self, stack: AsyncExitStack) -> None:
         settings = self._settings
-        data = open_data_dir(settings.data_dir, settings.staging_dir)
+        data = open_data_dir(settings.data_dir, settings.staging_dir, settings.memory_images_dir)
         stack.callback(data.close)
         threads = stack.enter_context(_threads(settings))
         binary = await _in_thread(lambda: choose_binary(settings, self._say))
@@ -176,10 +179,14 @@ class Daemon:
                 snapshot_version=snapshot_version(binary),
             )
         )
-        store = SnapshotStore(data.snapshots)
+        has_memory_images = data.memory_images.is_dir()  # the checks say why not
+        store = SnapshotStore(
+            data.snapshots, memory_root=data.memory_images if has_memory_images else None
+        )
         image_room = Room(data.root, limits=_limits(settings, store))
         tmpfs = data.tmpfs_staging if staging is StagingKind.TMPFS else None
         staging_room = StagingRoom(tmpfs, settings.staging_bytes, disk=image_room)
+        memory_room = self._memory_room(data, store, checks, image_room, staging_room)
         cold_pages = await _in_thread(free_pages_are_cold)
         areas = {StagingKind.DISK: StagingArea(data.disk_staging)}
         areas[StagingKind.TMPFS] = (
@@ -213,7 +220,9 @@ class Daemon:
             memory=MemoryBudget(
                 budget_bytes=settings.memory_budget_bytes,
                 child_headroom_bytes=settings.child_headroom_mib * MIB,
-                staging_bytes=staging_room.held_bytes,
+                staging_bytes=lambda: (
+                    staging_room.held_bytes() + (memory_room.held_bytes() if memory_room else 0)
+                ),
                 host=lambda: host_memory(cgroup),
                 files=threads.files,
             ),
@@ -234,6 +243,7 @@ class Daemon:
         admission = Admission(
             predictor=predictor,
             image_room=image_room,
+            memory_room=memory_room,
             staging_room=staging_room,
             auto_full_max_pause_us=int(settings.auto_full_max_pause_seconds * 1e6),
         )
@@ -245,7 +255,15 @@ class Daemon:
             admission=admission,
             copies=precopies,
         )
-        snapshots.flattener = flattener
+        write_back = WriteBack(
+            registry=registry,
+            snapshots=snapshots,
+            store=store,
+            admission=admission,
+            copies=precopies,
+        )
+        snapshots.flattener, snapshots.write_back = flattener, write_back
+        stack.push_async_callback(write_back.close)
         stack.push_async_callback(flattener.close)
         checksummer = Checksummer(
             registry=registry,
@@ -285,10 +303,12 @@ class Daemon:
                 tasks=Tasks("branches"),
                 window_deadline_seconds=settings.window_deadline_seconds,
                 auto_layered_bytes=None if reflink else settings.auto_layered_bytes or None,
+                memory_layered_bytes=settings.auto_layered_bytes or None,
             ),
             max_queued_branches=settings.max_queued_branches,
         )
         stack.push_async_callback(branches.close)
+        await write_back.recover()
         await flattener.recover()
         await self._recover(registry, sandboxes, snapshots, store, forks, branches, areas, threads)
 
@@ -319,6 +339,8 @@ class Daemon:
         stack.push_async_callback(background.cancel)
         background.start_unwatched(flatten_as_due(policy, registry, flattener), "flatten policy")
         background.start_unwatched(checksummer.compute_all(), "checksums")
+        delay = timedelta(seconds=settings.write_back_delay_seconds)
+        background.start_unwatched(write_back.as_due(delay), "write back as due")
 
         pruning = PrunePolicy(
             keep_last=settings.prune_keep_last,
@@ -383,9 +405,31 @@ class Daemon:
         staging, kind = check_staging(
             ours if ours.is_dir() else self._settings.staging_dir, self._settings.staging_bytes
         )
+        images, _ = check_memory_images(data.memory_images, self._settings.memory_images_bytes)
         reflink, able = check_reflink(data.root)
-        checks = (check_kvm(), describe_vmm(binary), staging, reflink, check_data_dir(data.root))
-        return checks, kind, able
+        host = (check_kvm(), describe_vmm(binary), staging, images, reflink)
+        return (*host, check_data_dir(data.root)), kind, able
+
+    def _memory_room(
+        self,
+        data: DataDir,
+        store: SnapshotStore,
+        checks: Sequence[HostCheck],
+        image_room: Room,
+        staging_room: StagingRoom,
+    ) -> MemoryRoom | None:
+        """The room for images in memory; None where none are kept there."""
+        budget_bytes = self._settings.memory_images_bytes
+        (check,) = (check for check in checks if check.name == "memory_images")
+        if check.outcome is not CheckOutcome.OK or budget_bytes == 0:
+            return None
+        tmpfs = staging_room.tmpfs
+        return MemoryRoom(
+            data.memory_images,
+            budget_bytes,
+            store.memory_bytes,
+            beside=(image_room,) if tmpfs is None else (tmpfs, image_room),
+        )
 
     async def _recover(
         self,

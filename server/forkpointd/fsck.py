@@ -19,7 +19,15 @@ from forkpointd.images import (
     check_parent,
     load_extents,
 )
-from forkpointd.model import DirtyBase, DirtyBaseState, Layout, Sandbox, Snapshot
+from forkpointd.model import (
+    DirtyBase,
+    DirtyBaseState,
+    Durability,
+    Layout,
+    Sandbox,
+    Snapshot,
+    SnapshotState,
+)
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.datadir import DataDir
 
@@ -65,6 +73,8 @@ class Check:
         self._wrong: dict[str, str | None] = {}
         """Why a snapshot can't be used, by its id; None where it can."""
         self._stored: dict[str, StoredSnapshot] = {}
+        self._gone: list[str] = []
+        """What was kept in memory and is not there."""
 
     async def run(self, *, repair: bool) -> Report:
         """Looks at everything, and repairs what is safe to repair. Blocks for the disk."""
@@ -75,6 +85,9 @@ class Check:
         if repair:
             for each in self._repairs:
                 await each()
+            if self._gone:
+                lost = await self._registry.lost_snapshots()
+                await self._registry.note_lost([*lost, *self._gone])
             self._report.repaired = True
         return self._report
 
@@ -101,15 +114,53 @@ class Check:
             except (ImageError, OSError) as error:
                 self._wrong[snapshot_id] = str(error)
         for snapshot_id, row in sorted(rows.items()):
+            if row.state is SnapshotState.LOST:
+                continue  # which everybody knows
             why = self._why_unusable(snapshot_id)
+            stored = self._stored.get(snapshot_id)
+            if row.durability is Durability.MEMORY and self._look_at_memory(row, rows):
+                continue
             if why is not None and not row.deleted:
                 self._note(
                     f"snapshot {snapshot_id}",
                     f"it can't be used: {why}. Put its files back from a copy, or delete it",
                 )
-            stored = self._stored.get(snapshot_id)
             if stored is not None and stored.manifest.layout is not row.layout:
                 self._look_at_layout(row, stored)
+
+    def _look_at_memory(self, row: Snapshot, rows: dict[str, Snapshot]) -> bool:
+        """Whether it is gone with memory: then the server's next start says LOST."""
+        snapshot_id = row.snapshot_id
+        missing = self._missing_under(snapshot_id)
+        if missing in rows and rows[missing].durability is Durability.MEMORY:
+            self._gone.append(snapshot_id)
+            of = "it" if missing == snapshot_id else f"{missing}, on which it stands,"
+            self._note(
+                f"snapshot {snapshot_id}",
+                f"{of} was kept in memory only, and is gone",
+                "the registry says LOST",
+            )
+            return True
+        if missing is None and not self._store.is_in_memory(snapshot_id):
+            self._note(
+                f"snapshot {snapshot_id}",
+                "it is on the disk, and in memory by the registry: a write-back was broken off",
+                "the registry says DISK",
+                lambda: self._registry.snapshot_is_on_disk(snapshot_id, row.disk_bytes),
+            )
+        return False
+
+    def _missing_under(self, snapshot_id: str) -> str | None:
+        """The first of a snapshot and what it stands on that can't be opened."""
+        seen: set[str] = set()
+        position: str | None = snapshot_id
+        while position is not None and position not in seen:
+            if (stored := self._stored.get(position)) is None:
+                return position
+            seen.add(position)
+            layered = stored.manifest.layer is not None
+            position = stored.manifest.parent_snapshot_id if layered else None
+        return None
 
     def _look_at_layout(self, row: Snapshot, stored: StoredSnapshot) -> None:
         kept = stored.manifest.layout
@@ -245,6 +296,8 @@ async def check_data_folder(data: DataDir, *, repair: bool) -> Report:
     """The whole check of a data folder whose lock is held. Raises RegistryError, OSError."""
     registry = await Registry.open(data.registry_path)
     try:
-        return await Check(registry, SnapshotStore(data.snapshots)).run(repair=repair)
+        memory_root = data.memory_images if data.memory_images.is_dir() else None
+        store = SnapshotStore(data.snapshots, memory_root=memory_root)
+        return await Check(registry, store).run(repair=repair)
     finally:
         await registry.close()

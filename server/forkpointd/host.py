@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from forkpointd.config import Settings
-from forkpointd.images import can_reflink, probe_staging
+from forkpointd.images import can_reflink, filesystem_of, probe_staging
 from forkpointd.model import (
     MIB,
     CheckOutcome,
@@ -225,6 +225,33 @@ def check_staging(folder: Path, budget_bytes: int | None) -> tuple[HostCheck, St
     )
 
 
+def check_memory_images(folder: Path, budget_bytes: int | None) -> tuple[HostCheck, bool]:
+    """Whether images can be kept in memory: the folder is a tmpfs."""
+    name = "memory_images"
+    if budget_bytes == 0:
+        return HostCheck(name, CheckOutcome.OK, "none are kept: memory_images_bytes is 0"), False
+    reason = ""
+    if not folder.is_dir():
+        reason = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{folder} can't be written by this user"
+    elif (filesystem := filesystem_of(folder)) != "tmpfs":
+        reason = f"{folder} is {filesystem}, not tmpfs"
+    if reason:
+        return (
+            HostCheck(
+                name,
+                CheckOutcome.WARNING,
+                f"{reason}: no image can be kept in memory (durability MEMORY)",
+                "set memory_images_dir to a tmpfs that this user may write",
+            ),
+            False,
+        )
+    free = shutil.disk_usage(folder).free
+    usable = free if budget_bytes is None else min(free, budget_bytes)
+    return HostCheck(name, CheckOutcome.OK, f"{usable // MIB} MiB of tmpfs at {folder}"), True
+
+
 def check_data_dir(root: Path) -> HostCheck:
     """Whether snapshots can be kept here at all: the disk's own staging must tell holes truly."""
     folder = root
@@ -288,5 +315,8 @@ def all_checks(settings: Settings) -> tuple[HostCheck, ...]:
     """Everything that `doctor` tells."""
     vmm, _ = check_vmm(settings)
     staging, _ = check_staging(settings.staging_dir, settings.staging_bytes)
+    images, _ = check_memory_images(
+        settings.memory_images_dir or settings.staging_dir, settings.memory_images_bytes
+    )
     reflink, _ = check_reflink(settings.data_dir)
-    return (check_kvm(), vmm, staging, reflink, check_data_dir(settings.data_dir))
+    return (check_kvm(), vmm, staging, images, reflink, check_data_dir(settings.data_dir))

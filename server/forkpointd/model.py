@@ -81,6 +81,8 @@ class Reason(StrEnum):
     INTERNAL = "INTERNAL"
     ARCHIVE_INVALID = "ARCHIVE_INVALID"
     IMPORT_BROKEN_OFF = "IMPORT_BROKEN_OFF"
+    SNAPSHOT_LOST = "SNAPSHOT_LOST"
+    NO_MEMORY_SPACE = "NO_MEMORY_SPACE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,6 +403,21 @@ class Layout(StrEnum):
     LAYERED = "LAYERED"
 
 
+class Durability(StrEnum):
+    """What READY means for the files of a snapshot."""
+
+    DISK = "DISK"
+    MEMORY = "MEMORY"
+
+
+class SnapshotState(StrEnum):
+    """Whether a snapshot can be used."""
+
+    READY = "READY"
+    LOST = "LOST"
+    """Gone with the memory that it was kept in."""
+
+
 class StagingKind(StrEnum):
     """Where Firecracker writes in the window."""
 
@@ -427,8 +444,8 @@ class SnapshotRoom:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """An immutable, READY image. `deleted` ones are out of the API and wait for the last sandbox
-    that stands on them."""
+    """An immutable image that is, or was, READY. `deleted` ones are out of the API and wait for the
+    last sandbox that stands on them."""
 
     snapshot_id: str
     create_time: datetime
@@ -447,6 +464,9 @@ class Snapshot:
     """Of its checksums, as `blake3:` and hexadecimal digits; None until they are computed."""
     room: SnapshotRoom | None = None
     """As of a moment, where it was asked for: no part of the row."""
+    state: SnapshotState = SnapshotState.READY
+    durability: Durability = Durability.DISK
+    """What its files have now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -607,6 +627,8 @@ class Branch:
     staging: StagingKind | None = None
     base_snapshot_id: str | None = None
     """What a DIFF stands on; None for the empty image and for FULL."""
+    durability: Durability = Durability.DISK
+    """What READY means for its snapshot."""
 
     def entering(self, stage: BranchStage, at: datetime) -> Branch:
         """This branch in its next stage. The sequence is the caller's business."""
@@ -777,6 +799,7 @@ class BranchOrder:
     labels: Mapping[str, str] = field(default_factory=dict)
     fork: ForkSpec | None = None
     request: RequestKey | None = None
+    durability: Durability = Durability.DISK
 
 
 @dataclass(frozen=True, slots=True)

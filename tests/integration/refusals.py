@@ -59,6 +59,7 @@ STEPS = {
     "compute": "forkpointd.branching.checksumming:compute",
     "compare": "forkpointd.branching.checksumming:compare",
     "finalise": "forkpointd.images.store:SnapshotStore.finalise",
+    "write-back": "forkpointd.images.store:SnapshotStore.write_back",
 }
 """Steps of its work at which a `HeldHouse`'s server can be held."""
 

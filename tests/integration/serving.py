@@ -166,7 +166,8 @@ class House:
         identity = self.data_dir / "id"
         if identity.exists():
             name = f"forkpoint-{identity.read_text().strip()}"
-            shutil.rmtree(Path("/dev/shm") / name, ignore_errors=True)
+            for folder in (name, f"{name}.images"):
+                shutil.rmtree(Path("/dev/shm") / folder, ignore_errors=True)
 
     def vmm_pids(self) -> list[int]:
         """Processes whose working folder is one of this house's sandboxes."""
@@ -182,10 +183,16 @@ class House:
     def half_made(self) -> list[str]:
         """What no finished work leaves: drafts, trash, staging files."""
         staging = [self.data_dir / "staging", *Path("/dev/shm").glob(f"forkpoint-{self.identity}")]
-        found = [path for path in (self.data_dir / "snapshots").iterdir() if path.name[0] == "."]
+        images = [self.data_dir / "snapshots", *Path("/dev/shm").glob(self.memory_images.name)]
+        found = [path for root in images for path in root.iterdir() if path.name[0] == "."]
         for folder in staging:
             found += list(folder.iterdir())
         return sorted(str(path) for path in found)
+
+    @property
+    def memory_images(self) -> Path:
+        """Where images are kept in memory."""
+        return Path(f"/dev/shm/forkpoint-{self.identity}.images")
 
     @property
     def identity(self) -> str:

@@ -22,6 +22,7 @@ from forkpoint._orders import (
 )
 from forkpoint.enums import (
     BranchMode,
+    Durability,
     ExpiryAction,
     FailureAction,
     Layout,
@@ -99,6 +100,7 @@ class Sandbox(SandboxView):
         *,
         mode: BranchMode | str = BranchMode.AUTO,
         layout: Layout | str = Layout.AUTO,
+        durability: Durability | str = Durability.DISK,
         branch_id: str | None = None,
         snapshot_id: str | None = None,
         max_pause: durations.Duration | None = None,
@@ -111,6 +113,7 @@ class Sandbox(SandboxView):
             self.id,
             mode=mode,
             layout=layout,
+            durability=durability,
             branch_id=branch_id,
             snapshot_id=snapshot_id,
             max_pause=max_pause,
@@ -124,6 +127,7 @@ class Sandbox(SandboxView):
         *,
         mode: BranchMode | str = BranchMode.AUTO,
         layout: Layout | str = Layout.AUTO,
+        durability: Durability | str = Durability.DISK,
         branch_id: str | None = None,
         snapshot_id: str | None = None,
         max_pause: durations.Duration | None = None,
@@ -139,6 +143,8 @@ class Sandbox(SandboxView):
         Args:
             mode: "auto", "full" or "diff".
             layout: "auto", "flat" or "layered".
+            durability: what READY means: "disk", or "memory", which waits for no disk and is there
+                after a restart of the server, but not after a reboot.
             branch_id: chosen by you; None: by the server.
             snapshot_id: chosen by you; None: by the server.
             max_pause: be refused (`PauseTooLong`) if the source would stand still for longer.
@@ -149,6 +155,7 @@ class Sandbox(SandboxView):
         return self.branching(
             mode=mode,
             layout=layout,
+            durability=durability,
             branch_id=branch_id,
             snapshot_id=snapshot_id,
             max_pause=max_pause,
@@ -163,6 +170,7 @@ class Sandbox(SandboxView):
         *,
         mode: BranchMode | str = BranchMode.AUTO,
         layout: Layout | str = Layout.AUTO,
+        durability: Durability | str = Durability.DISK,
         max_pause: durations.Duration | None = None,
         branch_id: str | None = None,
         snapshot_id: str | None = None,
@@ -185,7 +193,7 @@ class Sandbox(SandboxView):
 
         Args:
             count: how many.
-            mode: as for `branch`; so are layout, max_pause, branch_id and snapshot_id.
+            mode: as for `branch`; so are layout, durability, max_pause, branch_id and snapshot_id.
             fork_id: chosen by you; None: by the server. The children are `<fork_id>-0` and on.
             labels: of every child.
             ttl: time to live of every child: what cleans up should this process die.
@@ -201,6 +209,7 @@ class Sandbox(SandboxView):
             self.id,
             mode=mode,
             layout=layout,
+            durability=durability,
             branch_id=branch_id,
             snapshot_id=snapshot_id,
             max_pause=max_pause,

@@ -12,7 +12,7 @@ from forkpoint.cli import output
 from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
 from forkpoint.cli.hints import BranchGroup
 from forkpoint.cli.progress import BranchDisplay, pause_facts
-from forkpoint.views import BranchUpdate
+from forkpoint.views import BranchUpdate, SnapshotView
 
 app = typer.Typer(
     help="""Make a snapshot of a sandbox while it runs.
@@ -44,6 +44,14 @@ Layout = Annotated[
         "auto.",
     ),
 ]
+Durability = Annotated[
+    forkpoint.Durability,
+    typer.Option(
+        case_sensitive=False,
+        help="What ready means: synced to the disk, or in memory, which waits for no disk and is "
+        "gone after a reboot unless it was written back by then.",
+    ),
+]
 MaxPause = Annotated[
     str | None,
     typer.Option(
@@ -61,6 +69,7 @@ def start(
     sandbox_id: Annotated[str, typer.Argument(metavar="SANDBOX", help="The source's id.")],
     mode: Mode = forkpoint.BranchMode.AUTO,
     layout: Layout = forkpoint.Layout.AUTO,
+    durability: Durability = forkpoint.Durability.DISK,
     snapshot_id: Annotated[
         str | None, typer.Option("--snapshot", metavar="ID", help="The snapshot's id to be.")
     ] = None,
@@ -90,6 +99,7 @@ def start(
             branching = source.branch(
                 mode=mode,
                 layout=layout,
+                durability=durability,
                 snapshot_id=snapshot_id,
                 branch_id=branch_id,
                 max_pause=max_pause,
@@ -230,6 +240,12 @@ def show(found: BranchUpdate, *, json: bool) -> None:
     if snapshot is not None:
         shown += [
             ("snapshot", snapshot.id),
-            ("on disk", output.size(snapshot.disk_bytes)),
+            (kept_where(snapshot), output.size(snapshot.disk_bytes)),
         ]
     output.facts(shown)
+
+
+def kept_where(snapshot: SnapshotView) -> str:
+    """Where its bytes are."""
+    in_memory = snapshot.durability is forkpoint.Durability.MEMORY
+    return "in memory" if in_memory else "on disk"

@@ -11,7 +11,7 @@ import typer
 
 import forkpoint
 from forkpoint.cli import exits, output
-from forkpoint.cli.branch import MaxPause, Mode, Timeout
+from forkpoint.cli.branch import Durability, MaxPause, Mode, Timeout
 from forkpoint.cli.common import Address, Json, Labels, Ttl, pairs, run
 from forkpoint.cli.progress import BranchDisplay, pause_facts
 from forkpoint.errors import SandboxNotFound, SnapshotNotFound
@@ -39,6 +39,7 @@ def fork(
         bool, typer.Option("--all-or-nothing", help="Delete all children when one fails.")
     ] = False,
     mode: Mode = forkpoint.BranchMode.AUTO,
+    durability: Durability = forkpoint.Durability.DISK,
     max_pause: MaxPause = None,
     timeout: Timeout = None,
     address: Address = None,
@@ -69,7 +70,9 @@ def fork(
         async with forkpoint.connect(address) as fp:
             found = await _find(fp, origin)
             if isinstance(found, forkpoint.Sandbox):
-                children = found.fork(count, mode=mode, max_pause=max_pause, **options)
+                children = found.fork(
+                    count, mode=mode, durability=durability, max_pause=max_pause, **options
+                )
             else:
                 children = found.fork(count, **options)
             with BranchDisplay(output.err, quiet=json) as display, _interruptible(children):

@@ -64,9 +64,10 @@ def list_(
             "OF",
             "MODE",
             "LAYOUT",
+            "KEPT",
             "MEMORY",
             "DIRTIED",
-            "ON DISK",
+            "SIZE",
             "EXCLUSIVE",
             "AGE",
             "LABELS",
@@ -77,6 +78,7 @@ def list_(
                 each.source_sandbox_id or "-",
                 each.mode.value,
                 each.layout.value,
+                kept(each),
                 output.size(each.memory_mib * 2**20),
                 output.size(each.dirty_bytes),
                 output.size(each.disk_bytes),
@@ -86,7 +88,7 @@ def list_(
             ]
             for each in found
         ],
-        right=["MEMORY", "DIRTIED", "ON DISK", "EXCLUSIVE", "AGE"],
+        right=["MEMORY", "DIRTIED", "SIZE", "EXCLUSIVE", "AGE"],
     )
 
 
@@ -359,6 +361,12 @@ def _size(count: int | None) -> str | None:
     return None if count is None else output.size(count)
 
 
+def kept(found: SnapshotView) -> str:
+    """Where its files are, if they are."""
+    lost = found.state is forkpoint.SnapshotState.LOST
+    return forkpoint.SnapshotState.LOST.value if lost else found.durability.value
+
+
 def show(found: SnapshotView, *, json: bool) -> None:
     """One snapshot."""
     if json:
@@ -372,10 +380,11 @@ def show(found: SnapshotView, *, json: bool) -> None:
             ("mode", found.mode.value),
             ("diff against", found.parent_snapshot_id),
             ("layout", found.layout.value),
+            ("kept", kept(found)),
             ("memory", output.size(found.memory_mib * 2**20)),
             ("vcpus", str(found.vcpus)),
             ("dirtied", output.size(found.dirty_bytes)),
-            ("on disk", output.size(found.disk_bytes)),
+            ("size", output.size(found.disk_bytes)),
             ("exclusive", _size(found.exclusive_bytes)),
             ("shared", _size(found.shared_bytes)),
             ("drives", ", ".join(f"{each.drive_id}={each.path}" for each in found.drives)),

@@ -8,6 +8,7 @@
     imaging.py     pre-copy, merge, finalise: the files of the snapshot that is being made
     prediction.py  how long a window is expected to be
     unmerged.py    diffs that could not be merged when they were taken
+    write_back.py  images in memory, written to the disk when nobody waits for it
     recovery.py    what a restarted server does with the branches it finds
     service.py     all branches: start, watch, list, cancel
     workshop.py    the parts that all branches share

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forkpointd.branching.prediction import PausePredictor
-from forkpointd.images import NoRoom, Reservation, Room, StagingRoom
+from forkpointd.images import MemoryRoom, NoRoom, Reservation, Room, StagingRoom
 from forkpointd.model import (
+    MIB,
     BranchMode,
     DirtyBaseState,
+    Durability,
     ForkpointError,
+    Layout,
     Reason,
     Sandbox,
     StagingKind,
@@ -18,6 +21,9 @@ from forkpointd.model import (
 from forkpointd.sandboxes.live import LastDiff
 
 ROOM_RETRY_SECONDS = 30.0
+
+VMSTATE_BYTES = 1 * MIB
+"""More than a vmstate and a manifest have, but for those of many extents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +63,33 @@ class Admission:
         *,
         predictor: PausePredictor,
         image_room: Room,
+        memory_room: MemoryRoom | None,
         staging_room: StagingRoom,
         auto_full_max_pause_us: int,
     ) -> None:
         self._predictor = predictor
         self._image_room = image_room
+        self._memory_room = memory_room
         self._staging_room = staging_room
         self._auto_full_max_pause_us = auto_full_max_pause_us
 
-    def reserve(self, row: Sandbox, mode: BranchMode) -> Holding:
-        """Room for one branch: the memory's size on the image disk, and staging (step 1).
+    def reserve(
+        self,
+        row: Sandbox,
+        mode: BranchMode,
+        layout: Layout = Layout.AUTO,
+        durability: Durability = Durability.DISK,
+    ) -> Holding:
+        """Room for one branch: for its image, and for staging (step 1). The image is as large as
+        the memory; of a layer in memory, which takes over the staged file, what is staged.
 
-        Raises NO_DISK_SPACE or NO_STAGING_SPACE with the figures.
+        Raises NO_DISK_SPACE, NO_MEMORY_SPACE or NO_STAGING_SPACE with the figures.
         """
         memory_bytes = row.machine.memory_bytes
-        image = self.reserve_image(row)
+        if durability is Durability.DISK:
+            image = self.reserve_image(row)
+        else:
+            image = self._reserve_in_memory(row, mode, layout)
         try:
             kind, staged = self._staging_room.choose(
                 memory_bytes,
@@ -87,6 +105,20 @@ class Admission:
     def reserve_image(self, row: Sandbox) -> Reservation:
         """Room for one image of a source's memory, or NO_DISK_SPACE."""
         return self.reserve_bytes(row.machine.memory_bytes, f"an image of sandbox {row.sandbox_id}")
+
+    def _reserve_in_memory(self, row: Sandbox, mode: BranchMode, layout: Layout) -> Reservation:
+        needed = memory_bytes = row.machine.memory_bytes
+        on_parent = mode is BranchMode.DIFF and row.dirty_base.snapshot_id is not None
+        if layout is Layout.LAYERED and on_parent and row.last_diff_bytes is not None:
+            needed = min(row.last_diff_bytes + VMSTATE_BYTES, memory_bytes)
+        if self._memory_room is None:
+            raise _no_tier()
+        try:
+            return self._memory_room.reserve(
+                needed, f"an image of sandbox {row.sandbox_id} in memory"
+            )
+        except NoRoom as error:
+            raise no_room(Reason.NO_MEMORY_SPACE, error) from error
 
     def reserve_bytes(self, count: int, what: str) -> Reservation:
         """Room among the images, or NO_DISK_SPACE."""
@@ -158,12 +190,7 @@ def no_room(reason: Reason, error: NoRoom) -> ForkpointError:
     """The refusal for room that isn't there."""
     return ForkpointError(
         reason,
-        f"{error}. Delete snapshots that nobody needs (`forkpoint snapshot prune`), or "
-        + (
-            f"change the server's setting {error.limited_by}"
-            if error.limited_by.endswith("_bytes")
-            else "give the server more room"
-        ),
+        f"{error}. {_room_remedy(reason, error)}",
         metadata={
             "needed_bytes": str(error.needed_bytes),
             "free_bytes": str(error.free_bytes),
@@ -172,6 +199,27 @@ def no_room(reason: Reason, error: NoRoom) -> ForkpointError:
             "limited_by": error.limited_by,
         },
         retry_after_seconds=ROOM_RETRY_SECONDS,
+    )
+
+
+def _room_remedy(reason: Reason, error: NoRoom) -> str:
+    prune = "elete snapshots that nobody needs (`forkpoint snapshot prune`), or "
+    prune += (
+        f"change the server's setting {error.limited_by}"
+        if error.limited_by.endswith("_bytes")
+        else "give the server more room"
+    )
+    if reason is Reason.NO_MEMORY_SPACE:
+        return f"Ask for durability DISK, wait until images were written back to it, d{prune}"
+    return f"D{prune}"
+
+
+def _no_tier() -> ForkpointError:
+    return ForkpointError(
+        Reason.NO_MEMORY_SPACE,
+        "this server keeps no images in memory: its memory_images_bytes is 0, or its "
+        "memory_images_dir is no tmpfs (`forkpoint server info`). Ask for durability DISK",
+        metadata={"free_bytes": "0"},
     )
 
 

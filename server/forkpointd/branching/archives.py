@@ -95,7 +95,7 @@ class Archives:
         """A snapshot as an archive, in pieces: the first says what it will hold. Raises
         SNAPSHOT_NOT_FOUND, WRITABLE_DRIVE, IMAGE_DAMAGED."""
         snapshot_id = order.snapshot_id
-        await self._snapshots.get(snapshot_id)
+        await self._snapshots.usable(snapshot_id)
         try:
             async with self._snapshots.reading(snapshot_id) as chain:
                 _check_exportable(snapshot_id, (chain.layers or (chain.image,))[-1].manifest)

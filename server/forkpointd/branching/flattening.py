@@ -112,6 +112,7 @@ class Flattener:
         if snapshot is None:
             raise snapshot_not_found(snapshot_id)
         memory_bytes = snapshot.machine.memory_bytes
+        await self._snapshots.on_disk(snapshot_id)  # where what is flattened lies
         try:
             stored = await asyncio.to_thread(self._store.open, snapshot_id)
             if stored.manifest.layer is None:

@@ -27,12 +27,15 @@ from forkpointd.images import (
     ImageError,
     Layer,
     Reservation,
+    StoredSnapshot,
     allocated_bytes,
     copy_chain,
     copy_full,
     copy_whole,
     load_extents,
+    make_empty_image,
     merge_diff,
+    punch_between,
     punch_zeros,
     total_bytes,
     union,
@@ -215,25 +218,40 @@ def place_layer(
     staged: Staged, diffs: Sequence[UnmergedDiff], draft: Draft, meter: Meter, pace: Pace
 ) -> Extents:
     """Makes the window's diff, the last of `diffs`, a layer, with those before it that no snapshot
-    has; copies the vmstate beside it. Returns what the layer holds. What a former server began is
-    begun again. Raises DiffLost, OSError."""
+    has; copies the vmstate beside it. In memory, where it is alone, the staged file itself becomes
+    the layer: the staged name stays until the snapshot is READY, so a failure in between loses
+    nothing. Returns what the layer holds. What a former server began is begun again. Raises
+    DiffLost, OSError."""
     layers = list(map(_as_layer, diffs))
     memory_bytes = staged.memory_path.stat().st_size
     _copy_vmstate(staged, draft, pace)
     draft.layer_path.unlink(missing_ok=True)
+    if len(layers) == 1 and staged.kind is StagingKind.TMPFS and _is_beside(staged, draft):
+        (layer,) = layers
+        meter.total_bytes = total_bytes(layer.extents)
+        if allocated_bytes(staged.memory_path) > meter.total_bytes:
+            punch_between(
+                staged.memory_path,
+                layer.extents,
+                should_stop=pace.should_stop,
+                gate=pace.gate,
+            )
+        os.link(staged.memory_path, draft.layer_path)
+        meter.add(meter.total_bytes)
+        return union([layer.extents], memory_bytes)
     cached = sum(total_bytes(layer.extents) for layer in layers)
     _compose(None, layers, draft.layer_path, memory_bytes, cached, meter, pace)
     return union([layer.extents for layer in layers], memory_bytes)
 
 
 def place_staged_full(staged: Staged, draft: Draft, meter: Meter, pace: Pace) -> None:
-    """Brings a FULL window's file to its place, without its zeros. Staged on the same disk it is
-    hard-linked: the staged name stays until the snapshot is READY, so a failure in between loses
-    nothing."""
+    """Brings a FULL window's file to its place, without its zeros. Staged on the same file system
+    it is hard-linked: the staged name stays until the snapshot is READY, so a failure in between
+    loses nothing."""
     meter.total_bytes = staged.memory_path.stat().st_size
     _copy_vmstate(staged, draft, pace)
     crowded = pace.page_cache.is_crowded_by(meter.total_bytes)
-    if staged.kind is StagingKind.DISK:
+    if _is_beside(staged, draft):
         punch_zeros(
             staged.memory_path,
             progress=meter.pass_over,
@@ -256,6 +274,40 @@ def place_staged_full(staged: Staged, draft: Draft, meter: Meter, pace: Pace) ->
             drop_behind=crowded,
         )
     meter.done_bytes = meter.total_bytes
+
+
+def copy_to_disk(
+    stored: StoredSnapshot, file: Path, target: Path, meter: Meter, pace: Pace
+) -> None:
+    """Makes a copy of one of the files of a snapshot that is in memory. Of a layer what its
+    manifest names, whatever else the file has."""
+    crowded = pace.page_cache.is_crowded_by(allocated_bytes(file))
+    layer = stored.manifest.layer
+    if layer is not None and file == stored.memory_path:
+        make_empty_image(target, stored.manifest.memory_bytes)
+        merge_diff(
+            file,
+            layer.extents,
+            target,
+            progress=pace.paying(meter.add),
+            should_stop=pace.should_stop,
+            gate=pace.gate,
+            drop_behind=crowded,
+        )
+    else:
+        copy_whole(
+            file,
+            target,
+            progress=pace.paying(meter.add),
+            should_stop=pace.should_stop,
+            gate=pace.gate,
+            drop_behind=crowded,
+        )
+
+
+def _is_beside(staged: Staged, draft: Draft) -> bool:
+    """Whether the staged file can have a second name in the draft."""
+    return staged.memory_path.stat().st_dev == draft.folder.stat().st_dev
 
 
 def _copy_vmstate(staged: Staged, draft: Draft, pace: Pace) -> None:

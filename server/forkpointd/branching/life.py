@@ -22,7 +22,12 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from forkpointd.branching.admission import Holding, Plan, expected_diff_bytes
+from forkpointd.branching.admission import (
+    VMSTATE_BYTES,
+    Holding,
+    Plan,
+    expected_diff_bytes,
+)
 from forkpointd.branching.imaging import (
     Meter,
     Staged,
@@ -54,6 +59,7 @@ from forkpointd.model import (
     BranchMode,
     BranchStage,
     DirtyBase,
+    Durability,
     Fork,
     ForkpointError,
     ForkStage,
@@ -238,6 +244,8 @@ class BranchLife:
         if self._holding.staged is not None:
             self._holding.staged.consume(max(0, window.dirty_bytes - self._ahead_bytes))
         layered = self.branch.layout is Layout.LAYERED
+        if layered and self._holding.image is not None:
+            self._holding.image.keep(window.dirty_bytes + VMSTATE_BYTES)
         try:
             if layered:
                 async with self._source.live.editing() as draft:
@@ -307,7 +315,7 @@ class BranchLife:
         if plan.mode is not self._holding.mode:
             # AUTO, and an earlier branch changed what the base is: other room is needed.
             self._holding.release()
-            self._holding = await shop.run(lambda: shop.admission.reserve(row, plan.mode))
+            self._holding = await shop.reserve(row, plan.mode, self.branch)
         base = self._source.base
         serial = await shop.registry.next_serial()
         self.record.branch = replace(
@@ -320,7 +328,8 @@ class BranchLife:
             staging=self._holding.staging,
             staging_serial=serial,
         )
-        self._draft = await shop.run(lambda: shop.store.draft(self.branch.branch_id))
+        branch = self.branch
+        self._draft = await shop.run(lambda: shop.store.draft(branch.branch_id, branch.durability))
         if layout is Layout.LAYERED:
             await self._check_parent()
         elif plan.mode is BranchMode.DIFF:
@@ -354,7 +363,10 @@ class BranchLife:
             return Layout.FLAT
         if self.branch.requested_layout is not Layout.AUTO:
             return self.branch.requested_layout
-        if (least := self._shop.auto_layered_bytes) is None:
+        in_memory = self.branch.durability is Durability.MEMORY
+        shop = self._shop
+        least = shop.memory_layered_bytes if in_memory else shop.auto_layered_bytes
+        if least is None:
             return Layout.FLAT
         held = await self._shop.registry.bytes_of_chain(base.snapshot_id)
         return Layout.LAYERED if held >= least else Layout.FLAT
@@ -472,6 +484,10 @@ class BranchLife:
         assert draft is not None and branch.mode is not None and branch.pause_window is not None
         if branch.stage is BranchStage.MERGING:
             await self.record.enter(BranchStage.FINALIZING)
+        if layer is not None and branch.durability is Durability.DISK:
+            # On a disk it stands on nothing that a reboot takes away.
+            assert branch.base_snapshot_id is not None, "a layer has a parent"
+            await shop.sandboxes.snapshots.on_disk(branch.base_snapshot_id)
         try:
             folder = await shop.run(
                 lambda: shop.store.finalise(
@@ -496,6 +512,7 @@ class BranchLife:
             parent_snapshot_id=branch.base_snapshot_id,
             mode=branch.mode,
             layout=branch.layout,
+            durability=branch.durability,
             machine=row.machine,
             vmm=row.vmm,
             disk_bytes=await shop.run(lambda: data_bytes_of(folder)),

@@ -14,6 +14,7 @@ Staging files and drafts that no unfinished branch and no kept diff needs are re
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from forkpointd.model import (
     Branch,
     BranchStage,
     DirtyBaseState,
+    Layout,
     Problem,
     Reason,
+    Sandbox,
     StagingKind,
     now,
 )
 from forkpointd.sandboxes.live import LiveSandbox
+from forkpointd.sandboxes.snapshots import snapshot_lost
 from forkpointd.vmm import boot_id
 
 log = logging.getLogger(__name__)
@@ -67,15 +71,21 @@ async def examine(shop: Workshop, areas: dict[StagingKind, StagingArea]) -> Reco
     to_merge: list[Unfinished] = []
     to_fork: list[Branch] = []
     failed = 0
+    lost = await shop.registry.lost_snapshots()
+    await _lose_bases(shop, lost)
     for branch in await shop.registry.unfinished_branches():
         if branch.stage is BranchStage.FORKING:
             to_fork.append(branch)
+            continue
+        if (parent_id := _lost_parent(shop, branch, lost)) is not None:
+            await _fail(shop, branch, snapshot_lost(parent_id).problem)
+            failed += 1
             continue
         unfinished = await _find_work(shop, branch)
         if unfinished is not None:
             to_merge.append(unfinished)
         else:
-            await _fail(shop, branch)
+            await _fail(shop, branch, _restarted(branch))
             failed += 1
     await _settle_bases(shop, to_merge)
     removed = await _remove_leftovers(shop, areas, to_merge)
@@ -87,6 +97,30 @@ def _place_of(shop: Workshop, branch: Branch) -> int:
     """Where the diff of a branch lies among those of its source: the order of their stores."""
     below = shop.sandboxes.live[branch.sandbox_id].row.dirty_base.below(branch.branch_id)
     return 0 if below is None else len(below.unmerged)
+
+
+async def _lose_bases(shop: Workshop, lost: Collection[str]) -> None:
+    """A base that is LOST is none of a next diff. A copy of it that a branch has made by now stays
+    good."""
+
+    def lose(row: Sandbox) -> Sandbox:
+        base = row.dirty_base
+        why = f"snapshot {base.snapshot_id} is LOST: what was kept in memory is gone"
+        return replace(row, dirty_base=base.unusable(why))
+
+    for live in list(shop.sandboxes.live.values()):
+        base = live.row.dirty_base
+        if base.snapshot_id in lost and base.state is not DirtyBaseState.INVALID:
+            await live.edit(lose)
+
+
+def _lost_parent(shop: Workshop, branch: Branch, lost: Collection[str]) -> str | None:
+    """What a layer stands on, if that is LOST."""
+    live = shop.sandboxes.live.get(branch.sandbox_id)
+    if live is None or branch.layout is not Layout.LAYERED or branch.stage not in _PAST_WINDOW:
+        return None
+    parent_id = live.row.dirty_base.snapshot_id
+    return parent_id if parent_id in lost else None
 
 
 async def _find_work(shop: Workshop, branch: Branch) -> Unfinished | None:
@@ -111,15 +145,18 @@ async def _find_work(shop: Workshop, branch: Branch) -> Unfinished | None:
     return None if draft is None else Unfinished(branch, staged, draft)
 
 
-async def _fail(shop: Workshop, branch: Branch) -> None:
-    """A branch that can't be finished ends, and its source's base with it if it was PENDING."""
-    log.warning("branch %s was %s when the server ended: FAILED", branch.branch_id, branch.stage)
-    problem = Problem(
+def _restarted(branch: Branch) -> Problem:
+    return Problem(
         Reason.SERVER_RESTARTED,
         f"the server was restarted while branch {branch.branch_id} was {branch.stage}. The source "
         "was not left paused: branch it again",
         {"branch_id": branch.branch_id},
     )
+
+
+async def _fail(shop: Workshop, branch: Branch, problem: Problem) -> None:
+    """A branch that can't be finished ends, and its source's base with it if it was PENDING."""
+    log.warning("branch %s was %s when the server ended: FAILED", branch.branch_id, branch.stage)
     live = shop.sandboxes.live.get(branch.sandbox_id)
     ended = replace(
         branch.entering(BranchStage.FAILED, now()), error=problem, sequence=branch.sequence + 1

@@ -145,7 +145,7 @@ class Branches:
         row = live.row
         fork = memory = None
         with ExitStack() as held:
-            holding = await self._shop.run(lambda: self._shop.admission.reserve(row, mode))
+            holding = await self._shop.reserve(row, mode, order)
             held.callback(holding.release)
             if not waiting:
                 expected = await self._shop.run(
@@ -216,6 +216,7 @@ class Branches:
             requested_mode=order.mode,
             requested_layout=order.layout,
             layout=Layout.FLAT,
+            durability=order.durability,
             create_time=at,
             snapshot_labels=dict(order.labels),
             max_pause_us=order.max_pause_us,

@@ -37,6 +37,7 @@ from forkpointd.registry.ballast import Ballast
 from forkpointd.registry.lanes import LaneStats, Operation, ReadLane, WriteLane
 from forkpointd.registry.opening import connect_reader, connect_writer
 from forkpointd.registry.rows import Position
+from forkpointd.registry.snapshots import SnapshotUsers
 from forkpointd.registry.upkeep import ServerStart
 
 T = TypeVar("T")
@@ -231,7 +232,7 @@ class Registry:
         return await self.read(lambda c: snapshots.bytes_of_chain(c, snapshot_id))
 
     async def layered_snapshots(self) -> list[LayeredRow]:
-        """All that are LAYERED, deleted ones included, in no order."""
+        """All that are LAYERED and not LOST, deleted ones included, in no order."""
         return await self.read(snapshots.layered)
 
     async def prunable_snapshots(
@@ -256,6 +257,30 @@ class Registry:
         return await self.write(
             lambda c: snapshots.set_digest(c, snapshot_id, layout, digest, disk_bytes)
         )
+
+    async def snapshots_in_memory(self) -> list[Snapshot]:
+        """All whose files are in memory, or were (LOST), deleted ones included; in order of
+        creation."""
+        return await self.read(snapshots.in_memory)
+
+    async def snapshot_is_on_disk(self, snapshot_id: str, disk_bytes: int) -> None:
+        """What was in memory, deleted or not, was written to the disk. Idempotent."""
+        await self.write(lambda c: snapshots.on_disk(c, snapshot_id, disk_bytes))
+
+    async def note_lost(self, gone: Rows[str]) -> frozenset[str]:
+        """LOST are these, and the layers over them; all else is READY. Returns all that are LOST,
+        deleted ones included."""
+        if not gone and not await self.lost_snapshots():
+            return frozenset()
+        return await self.write(lambda c: snapshots.note_lost(c, gone))
+
+    async def lost_snapshots(self) -> frozenset[str]:
+        """All that are LOST, deleted ones included."""
+        return await self.read(snapshots.lost)
+
+    async def users_of_snapshot(self, snapshot_id: str) -> SnapshotUsers:
+        """Who has its files open, or is about to."""
+        return await self.read(lambda c: snapshots.users(c, snapshot_id))
 
     async def remove_snapshot_row(self, snapshot_id: str) -> None:
         """After its files are gone. Idempotent; `AssertionError` for one without a tombstone."""

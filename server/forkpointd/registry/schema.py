@@ -203,6 +203,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE snapshots ADD COLUMN digest TEXT",
         "CREATE INDEX snapshots_without_digest ON snapshots (snapshot_id) WHERE digest IS NULL",
     ),
+    (
+        # Images in memory: what they have been asked for, and what is gone with it.
+        "ALTER TABLE branches ADD COLUMN durability TEXT NOT NULL DEFAULT 'DISK'",
+        "ALTER TABLE snapshots ADD COLUMN durability TEXT NOT NULL DEFAULT 'DISK'",
+        "ALTER TABLE snapshots ADD COLUMN state TEXT NOT NULL DEFAULT 'READY'",
+        """
+        CREATE INDEX snapshots_in_memory ON snapshots (create_time, snapshot_id)
+            WHERE durability = 'MEMORY'
+        """,
+    ),
 )
 
 PROMISES: tuple[str, ...] = (

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
-from forkpointd.model import LayeredRow, Layout, Page, Reason, RequestKey, Snapshot
+from forkpointd.model import (
+    LayeredRow,
+    Layout,
+    Page,
+    Reason,
+    RequestKey,
+    SandboxState,
+    Snapshot,
+)
 from forkpointd.registry import requests
 from forkpointd.registry.codec import instant_text, parse_instant
 from forkpointd.registry.requests import ResourceKind
@@ -30,6 +40,16 @@ CHAIN = (
     " s.disk_bytes, chain.depth + 1 FROM snapshots AS s JOIN chain ON s.snapshot_id = chain.below)"
 )
 """A snapshot and all that it stands on, deleted ones included."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotUsers:
+    """Who has a snapshot's files open, or is about to."""
+
+    starting: bool
+    """Somebody is being started from it, or will be."""
+    pids: tuple[int, ...]
+    """Processes that were."""
 
 
 def insert(connection: Connection, snapshot: Snapshot, branch_id: str | None = None) -> None:
@@ -174,10 +194,10 @@ def prunable(
 
 
 def layered(connection: Connection) -> list[LayeredRow]:
-    """All that are LAYERED, deleted ones included, in no order."""
+    """All that are LAYERED and not LOST, deleted ones included, in no order."""
     rows = connection.execute(
         "SELECT snapshot_id, parent_snapshot_id, disk_bytes, create_time, deleted"
-        " FROM snapshots WHERE layout = 'LAYERED'"
+        " FROM snapshots WHERE layout = 'LAYERED' AND state = 'READY'"
     )
     return [
         LayeredRow(snapshot_id, parent, disk_bytes, parse_instant(created), bool(deleted))
@@ -195,10 +215,11 @@ def flattened(connection: Connection, snapshot_id: str, disk_bytes: int) -> None
 
 
 def without_digest(connection: Connection) -> list[str]:
-    """Those whose checksums are still to be computed, the oldest first: all that are shown, and
-    deleted ones that a layer stands on."""
+    """Those whose checksums are still to be computed, the oldest first: all on the disk that are
+    shown, and deleted ones that a layer stands on."""
     rows = connection.execute(
-        "SELECT snapshot_id FROM snapshots WHERE digest IS NULL AND (deleted = 0"
+        "SELECT snapshot_id FROM snapshots WHERE digest IS NULL AND durability = 'DISK'"
+        " AND state = 'READY' AND (deleted = 0"
         " OR EXISTS (SELECT 1 FROM snapshots AS layers WHERE layers.layout = 'LAYERED'"
         " AND layers.parent_snapshot_id = snapshots.snapshot_id))"
         " ORDER BY create_time, snapshot_id"
@@ -215,6 +236,51 @@ def set_digest(
         (digest, disk_bytes, snapshot_id, str(layout)),
     ).rowcount
     return changed == 1
+
+
+def in_memory(connection: Connection) -> list[Snapshot]:
+    """All whose files are in memory, or were: deleted and LOST ones included."""
+    return SNAPSHOTS.all(connection, "durability = 'MEMORY'")
+
+
+def on_disk(connection: Connection, snapshot_id: str, disk_bytes: int) -> None:
+    """The files of a snapshot, deleted or not, were written to the disk. Idempotent."""
+    connection.execute(
+        "UPDATE snapshots SET durability = 'DISK', disk_bytes = ? WHERE snapshot_id = ?",
+        (disk_bytes, snapshot_id),
+    )
+
+
+def note_lost(connection: Connection, gone: Sequence[str]) -> frozenset[str]:
+    """LOST are these, and what stands on them; READY is all else, also what was LOST before and
+    is there again. Returns all that are LOST."""
+    connection.execute("UPDATE snapshots SET state = 'READY' WHERE state = 'LOST'")
+    connection.execute(
+        "WITH RECURSIVE lost (snapshot_id) AS (SELECT value FROM json_each(?)"
+        " UNION SELECT s.snapshot_id FROM snapshots AS s JOIN lost"
+        " ON s.layout = 'LAYERED' AND s.parent_snapshot_id = lost.snapshot_id)"
+        " UPDATE snapshots SET state = 'LOST' WHERE snapshot_id IN (SELECT snapshot_id FROM lost)",
+        (json.dumps(list(gone)),),
+    )
+    return lost(connection)
+
+
+def lost(connection: Connection) -> frozenset[str]:
+    """All that are LOST, deleted ones included."""
+    rows = connection.execute("SELECT snapshot_id FROM snapshots WHERE state = 'LOST'")
+    return frozenset(row[0] for row in rows)
+
+
+def users(connection: Connection, snapshot_id: str) -> SnapshotUsers:
+    """Who has a snapshot's files open, or is about to."""
+    rows = connection.execute(
+        "SELECT state, json_extract(process, '$.pid') FROM sandboxes WHERE snapshot_id = ?",
+        (snapshot_id,),
+    ).fetchall()
+    starting = exists(
+        connection, "forks", f"snapshot_id = ? AND {FORK_UNFINISHED}", snapshot_id
+    ) or any(state == SandboxState.CREATING for state, _ in rows)
+    return SnapshotUsers(starting, tuple(pid for _, pid in rows if pid is not None))
 
 
 def remove(connection: Connection, snapshot_id: str) -> None:

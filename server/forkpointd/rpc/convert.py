@@ -106,7 +106,7 @@ def sandbox_exit(it: model.SandboxExit) -> sandbox_pb2.SandboxExit:
 
 
 def snapshot(it: model.Snapshot) -> snapshot_pb2.Snapshot:
-    """An image that is READY."""
+    """An image that is READY, or LOST."""
     return snapshot_pb2.Snapshot(
         snapshot_id=it.snapshot_id,
         create_time=timestamp(it.create_time),
@@ -128,6 +128,8 @@ def snapshot(it: model.Snapshot) -> snapshot_pb2.Snapshot:
         else snapshot_pb2.SnapshotRoom(
             exclusive_bytes=it.room.exclusive_bytes, shared_bytes=it.room.shared_bytes
         ),
+        state=scalars.SNAPSHOT_STATE.to_wire(it.state),
+        durability=scalars.DURABILITY.to_wire(it.durability),
     )
 
 
@@ -175,6 +177,7 @@ def branch(view: model.BranchView, forks: ForkMessages | None = None) -> branch_
         create_time=timestamp(it.create_time),
         end_time=optional_timestamp(it.end_time),
         predicted_pause=optional_duration(it.predicted_pause_us),
+        durability=scalars.DURABILITY.to_wire(it.durability),
     )
 
 

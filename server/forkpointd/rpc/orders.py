@@ -91,6 +91,7 @@ def branch_order(request: sandbox_service_pb2.BranchSandboxRequest) -> model.Bra
         snapshot_id=request.snapshot_id or None,
         mode=scalars.BRANCH_MODE.or_default(request.mode, model.BranchMode.AUTO),
         layout=scalars.LAYOUT.or_default(request.layout, model.Layout.AUTO),
+        durability=scalars.DURABILITY.or_default(request.durability, model.Durability.DISK),
         max_pause_us=scalars.micros(request.max_pause) if request.HasField("max_pause") else None,
         labels=dict(request.labels),
         fork=fork_spec(request.fork) if request.HasField("fork") else None,

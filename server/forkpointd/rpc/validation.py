@@ -89,6 +89,7 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
         "snapshot_id": _ID,
         "mode": anything,
         "layout": anything,
+        "durability": anything,
         "max_pause": rules.max_pause,
         "labels": rules.labels,
         "fork": anything,

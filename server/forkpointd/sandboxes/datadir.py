@@ -8,6 +8,7 @@
     DIR/snapshots/<id>/   a snapshot (images.store)
     DIR/staging/          windows that are staged on disk
     TMPFS/forkpoint-<id>/ windows that are staged in memory
+    TMPFS/forkpoint-<id>.images/  snapshots that are kept in memory (images.store)
 
 In each sandbox's folder `t` and `d` are links to the two staging folders: all paths in a window's
 requests are short names relative to the folder (step 5).
@@ -54,6 +55,7 @@ class DataDir:
     root: Path
     identity: str
     tmpfs_staging: Path
+    memory_images: Path
     lock_fd: int
 
     @property
@@ -85,15 +87,17 @@ class DataDir:
         return self.tmpfs_staging if kind is StagingKind.TMPFS else self.disk_staging
 
     def close(self) -> None:
-        """Gives the folder free for another server. An empty staging folder goes: memory keeps
-        nothing of a server that left nothing in it."""
-        with suppress(OSError):
-            self.tmpfs_staging.rmdir()
+        """Gives the folder free for another server. Empty folders on tmpfs go: memory keeps nothing
+        of a server that left nothing in it."""
+        for folder in (self.tmpfs_staging, self.memory_images):
+            with suppress(OSError):
+                folder.rmdir()
         os.close(self.lock_fd)
 
 
-def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
-    """Makes what is missing, private to this user, and takes the lock.
+def open_data_dir(root: Path, staging_dir: Path, memory_images_dir: Path | None = None) -> DataDir:
+    """Makes what is missing, private to this user, and takes the lock. Without `memory_images_dir`
+    images are kept in memory beside the staging folder.
 
     The lock is a `flock`, which the kernel gives free with the process, so a crash leaves nothing
     to be cleaned up. Raises `DataDirLocked` or `DataDirError`.
@@ -126,10 +130,12 @@ def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
     try:
         identity = _identity(root)
         tmpfs_staging = staging_dir / f"forkpoint-{identity}"
-        with suppress(OSError):  # the host's checks say what is wrong with staging_dir
-            tmpfs_staging.mkdir(mode=0o700, exist_ok=True)
-        if tmpfs_staging.exists() and tmpfs_staging.stat().st_uid != os.geteuid():
-            raise DataDirError(f"{tmpfs_staging} belongs to another user: remove it")
+        memory_images = (memory_images_dir or staging_dir) / f"forkpoint-{identity}.images"
+        for folder in (tmpfs_staging, memory_images):
+            with suppress(OSError):  # the host's checks say what is wrong with where it lies
+                folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.exists() and folder.stat().st_uid != os.geteuid():
+                raise DataDirError(f"{folder} belongs to another user: remove it")
     except IsADirectoryError as error:
         os.close(lock_fd)
         raise _not_a_file(error) from error
@@ -139,7 +145,7 @@ def open_data_dir(root: Path, staging_dir: Path) -> DataDir:
     except DataDirError:
         os.close(lock_fd)
         raise
-    return DataDir(root, identity, tmpfs_staging, lock_fd)
+    return DataDir(root, identity, tmpfs_staging, memory_images, lock_fd)
 
 
 def spread(folder: Path) -> bool:

@@ -96,7 +96,7 @@ class Forks:
     async def _admit(self, order: ForkOrder) -> ForkRow:
         snapshots = self._sandboxes.snapshots
         with snapshots.hold(order.snapshot_id):
-            snapshot = await snapshots.get(order.snapshot_id)
+            snapshot = await snapshots.usable(order.snapshot_id)
             stored = await self._sandboxes.starter.check_loadable(order.snapshot_id)
             fork = new_fork(order.spec, order.snapshot_id, branch_id=None)
             fork = replace(fork, stage=ForkStage.STARTING)
@@ -124,6 +124,7 @@ class Forks:
         """Starts the children of a fork that waited for `snapshot`; returns it ended."""
         fork = self._feeds[fork_id].latest
         try:
+            await self._sandboxes.snapshots.check_not_lost(snapshot.snapshot_id)
             stored = await self._sandboxes.starter.check_loadable(snapshot.snapshot_id)
             # Before there are rows: a server that is killed meanwhile begins again.
             fork, stored = await self._flat(fork, stored)
@@ -185,6 +186,7 @@ class Forks:
             and child.sandbox_id not in self._sandboxes.live
         ]
         try:
+            await self._sandboxes.snapshots.check_not_lost(fork.snapshot_id)
             stored = await self._sandboxes.starter.check_loadable(fork.snapshot_id)
         except ForkpointError as error:
             await self._sandboxes.discard(lives)

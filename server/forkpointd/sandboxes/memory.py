@@ -3,7 +3,7 @@
 A sandbox is counted with the private memory that its VMM has now, plus a headroom for what it will
 touch, and not with its memory size: children share the pages of their snapshot, and a hundred of
 them that are 4 GiB each take some hundred MiB. What is staged on tmpfs is memory as well, and what
-is reserved and allocated ahead there.
+is reserved and allocated ahead there; so are images that are kept there.
 
 The figures of processes are read in a thread, all at once, when something is to be admitted and
 they are older than a quarter of a second: nothing is read while children start. A process that is
@@ -133,6 +133,16 @@ class MemoryBudget:
             raise _no_memory(use, count, each, len(there), what)
         return self._promises.add(count * each, what)
 
+    async def check(self, there: Callable[[], Sequence[Counted]], what: str) -> None:
+        """Refuses `what`, whose room on tmpfs is reserved by now, where that crosses the budget.
+        Raises NO_MEMORY with the figures. Of two at once both may be refused, never none."""
+        for _ in range(2):  # the first may be a reading that was under way before
+            await self.refresh(there(), older_seconds=0.0)
+        counted = there()
+        use = self.use(counted)
+        if use.used_bytes > use.budget_bytes:
+            raise _over_budget(use, len(counted), what)
+
     def _headroom(self, memory_bytes: int, touched_bytes: int) -> int:
         """A guest can't touch more than it has."""
         return min(self._child_headroom_bytes, max(0, memory_bytes - touched_bytes))
@@ -177,19 +187,38 @@ def _no_memory(use: MemoryUse, count: int, each: int, there: int, what: str) -> 
         f"no memory for {what}: it is counted with {_mib(needed)} ({count} x {_mib(each)}), and of "
         f"the budget of {_mib(use.budget_bytes)} there are {_mib(use.free_bytes)} left: "
         f"{there} sandboxes have {_mib(use.sandbox_bytes)}, {_mib(use.headroom_bytes)} are "
-        f"headroom, {_mib(use.staging_bytes)} are staged in memory. What helps: "
+        f"headroom, {_mib(use.staging_bytes)} are staged or kept in memory. What helps: "
         + ", or ".join(remedies),
         metadata={
             "needed_bytes": str(needed),
-            "free_bytes": str(use.free_bytes),
-            "budget_bytes": str(use.budget_bytes),
-            "sandbox_bytes": str(use.sandbox_bytes),
-            "headroom_bytes": str(use.headroom_bytes),
-            "staging_bytes": str(use.staging_bytes),
             "possible_count": str(possible),
+            **_figures(use),
         },
         retry_after_seconds=RETRY_SECONDS if needed <= use.budget_bytes else None,
     )
+
+
+def _over_budget(use: MemoryUse, there: int, what: str) -> ForkpointError:
+    return ForkpointError(
+        Reason.NO_MEMORY,
+        f"no memory for {what}: with it {_mib(use.used_bytes)} would be counted, and the budget is "
+        f"{_mib(use.budget_bytes)}: {there} sandboxes have {_mib(use.sandbox_bytes)}, "
+        f"{_mib(use.headroom_bytes)} are headroom, {_mib(use.staging_bytes)} are staged or kept in "
+        "memory, this among them. What helps: ask for durability DISK, or delete sandboxes that "
+        "nobody needs, or let the server's memory_budget_bytes be raised",
+        metadata=_figures(use),
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+def _figures(use: MemoryUse) -> dict[str, str]:
+    return {
+        "free_bytes": str(use.free_bytes),
+        "budget_bytes": str(use.budget_bytes),
+        "sandbox_bytes": str(use.sandbox_bytes),
+        "headroom_bytes": str(use.headroom_bytes),
+        "staging_bytes": str(use.staging_bytes),
+    }
 
 
 def _mib(count: int) -> str:

@@ -174,7 +174,7 @@ class Sandboxes:
             return row, None
         assert order.snapshot_id is not None, "the edge checks that there is a source"
         with self.snapshots.hold(order.snapshot_id):
-            snapshot = await self.snapshots.get(order.snapshot_id)
+            snapshot = await self.snapshots.usable(order.snapshot_id)
             stored = await starter.check_loadable(order.snapshot_id)
             row = self.new_row(
                 order.sandbox_id or new_id("sb"),
@@ -208,6 +208,10 @@ class Sandboxes:
         ):  # perhaps something has ended since: nobody is refused by old figures
             await self._memory.refresh(self._counted(), older_seconds=0.0)
             return self._memory.promise(self._counted(), count, machine.memory_bytes, what)
+
+    async def check_memory(self, what: str) -> None:
+        """Refuses (NO_MEMORY) what was reserved on tmpfs beyond the budget."""
+        await self._memory.check(self._counted, what)
 
     async def memory_use(self) -> MemoryUse:
         """The memory budget and what is counted against it."""

@@ -1,9 +1,13 @@
-"""Snapshots that are READY: looked at, labelled, deleted, and kept while something stands on them.
+"""Snapshots: looked at, labelled, deleted, and kept while something stands on them.
 
 A deleted snapshot leaves the API at once. Its files go when no live sandbox has it as its dirty
 base (its own diffs, or a child that has not branched yet), which the registry derives from the
 sandboxes' rows, when no layer stands on it, and when nobody is just reading it (`hold`). The pages
-that a layer had go when it was flattened, and likewise nobody reads them any more.
+that a layer had go when it was flattened, and likewise nobody reads them any more; so do files in
+memory that were written back, when no child has them mapped.
+
+What was kept in memory and went with it is LOST: it is shown, and can be deleted, and all else is
+refused (`usable`).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from forkpointd.images import Chain, SnapshotStore, StoredSnapshot
@@ -28,10 +33,12 @@ from forkpointd.model import (
     Page,
     Reason,
     Snapshot,
+    SnapshotState,
     Verification,
 )
 from forkpointd.registry import Registry
 from forkpointd.sandboxes.tasks import Tasks
+from forkpointd.vmm import has_mapped
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -56,6 +63,13 @@ class Verifier(Protocol):
         """How far it is, as that changes; ends with `verified`, or raises IMAGE_DAMAGED."""
 
 
+class WriteBack(Protocol):
+    """Brings snapshots from memory to the disk."""
+
+    async def on_disk(self, snapshot_id: str) -> None:
+        """Returns once a snapshot, and all that it stands on, is there."""
+
+
 class Snapshots:
     """The snapshots of this server."""
 
@@ -70,9 +84,12 @@ class Snapshots:
         self._collecting = asyncio.Lock()
         self._flattened: set[str] = set()
         """Whose layer's file may still be there."""
+        self._left_in_memory: set[str] = set()
+        """What was written back, and is in memory still."""
         self._edit = asyncio.Lock()
         self.flattener: Flattener | None = None
-        """Set by those who copy images."""
+        """Set by those who copy images, as is the next."""
+        self.write_back: WriteBack | None = None
         self.verifier: Verifier | None = None
         """Set by those who read them."""
 
@@ -86,7 +103,7 @@ class Snapshots:
 
     async def flattening(self, snapshot_id: str) -> AsyncIterator[Flattening]:
         """The same, step by step. One who leaves ends nothing."""
-        snapshot = await self.get(snapshot_id)
+        snapshot = await self.usable(snapshot_id)
         progress = FlattenProgress(0, 0)
         if snapshot.layout is Layout.FLAT:
             yield Flattening(snapshot, progress)
@@ -103,15 +120,23 @@ class Snapshots:
 
     async def verifying(self, snapshot_id: str) -> AsyncIterator[Verification]:
         """Compares a snapshot, with all that it stands on, with their checksums. Ends with whoever
-        leaves. Raises IMAGE_DAMAGED."""
-        await self.get(snapshot_id)
+        leaves. What is in memory is written back first: it has checksums from then on. Raises
+        IMAGE_DAMAGED, and what `on_disk` raises."""
+        await self.usable(snapshot_id)
+        await self.on_disk(snapshot_id)
         assert self.verifier is not None, "the server is built"
         async with aclosing(self.verifier.verify(snapshot_id)) as states:
             async for each in states:
                 yield each
 
+    async def on_disk(self, snapshot_id: str) -> None:
+        """Returns once a snapshot, and all that it stands on, is on the disk. Raises IMAGE_DAMAGED,
+        NO_DISK_SPACE, WRITE_FAILED."""
+        assert self.write_back is not None, "the server is built"
+        await self.write_back.on_disk(snapshot_id)
+
     async def get(self, snapshot_id: str) -> Snapshot:
-        """A READY snapshot."""
+        """A snapshot, READY or LOST."""
         snapshot = await self._registry.get_snapshot(snapshot_id)
         if snapshot is None:
             raise snapshot_not_found(snapshot_id)
@@ -125,6 +150,19 @@ class Snapshots:
         rooms = await self._registry.rooms_of_snapshots([each.snapshot_id for each in snapshots])
         return [replace(each, room=rooms.get(each.snapshot_id)) for each in snapshots]
 
+    async def usable(self, snapshot_id: str) -> Snapshot:
+        """A READY snapshot. Raises SNAPSHOT_NOT_FOUND, SNAPSHOT_LOST."""
+        snapshot = await self.get(snapshot_id)
+        if snapshot.state is SnapshotState.LOST:
+            raise snapshot_lost(snapshot_id)
+        return snapshot
+
+    async def check_not_lost(self, snapshot_id: str) -> None:
+        """The same of one that may be deleted by now."""
+        snapshot = await self._registry.get_snapshot(snapshot_id, include_deleted=True)
+        if snapshot is not None and snapshot.state is SnapshotState.LOST:
+            raise snapshot_lost(snapshot_id)
+
     async def list(
         self,
         *,
@@ -133,7 +171,7 @@ class Snapshots:
         labels: Mapping[str, str],
         source_sandbox_id: str | None,
     ) -> Page[Snapshot]:
-        """A page of READY snapshots, with what they hold on the disk."""
+        """A page of snapshots, READY or LOST, with what they hold on the disk."""
         page = await self._registry.list_snapshots(
             page_size=page_size, after=after, labels=labels, source_sandbox_id=source_sandbox_id
         )
@@ -142,7 +180,7 @@ class Snapshots:
     async def set_labels(self, snapshot_id: str, labels: Mapping[str, str]) -> Snapshot:
         """Replaces the labels."""
         async with self._edit:
-            snapshot = replace(await self.get(snapshot_id), labels=dict(labels))
+            snapshot = replace(await self.usable(snapshot_id), labels=dict(labels))
             await self._registry.put_snapshot(snapshot)
         return (await self._with_rooms([snapshot]))[0]
 
@@ -163,7 +201,7 @@ class Snapshots:
             self._held[snapshot_id] -= 1
             if not self._held[snapshot_id]:
                 del self._held[snapshot_id]
-                if snapshot_id in self._passed_over | self._flattened:
+                if snapshot_id in self._passed_over | self._flattened | self._left_in_memory:
                     self.collect_soon()
 
     @asynccontextmanager
@@ -217,6 +255,17 @@ class Snapshots:
                 manifest.snapshot_id, manifest.layout, digest, disk_bytes
             )
 
+    async def came_to_disk(self, snapshot_id: str, disk_bytes: int) -> None:
+        """What was in memory was written back: so says its row now. What is in memory goes with the
+        next `collect` when nobody reads it."""
+        async with self._edit:
+            await self._registry.snapshot_is_on_disk(snapshot_id, disk_bytes)
+        self.is_left_in_memory(snapshot_id)
+
+    def is_left_in_memory(self, snapshot_id: str) -> None:
+        """Its files in memory go with the next `collect` when nobody reads them."""
+        self._left_in_memory.add(snapshot_id)
+
     def collect_soon(self) -> None:
         """Collects while the caller goes on."""
         self._tasks.start_unwatched(self.collect(), "collect snapshots")
@@ -228,6 +277,7 @@ class Snapshots:
         async with self._collecting:
             self._passed_over.clear()
             await self._remove_flattened_layers()
+            await self._remove_from_memory()
             while found := await self._remove_unneeded():
                 removed += found  # what only they stood on is next
         return removed
@@ -245,6 +295,7 @@ class Snapshots:
             if await self._is_removed(self._store.delete, "files", snapshot_id):
                 await self._registry.remove_snapshot_row(snapshot_id)
                 self._flattened.discard(snapshot_id)
+                self._left_in_memory.discard(snapshot_id)
                 removed += 1
         return removed
 
@@ -257,6 +308,24 @@ class Snapshots:
     async def close(self) -> None:
         """Stops what is being removed; a later start goes on."""
         await self._tasks.cancel()
+
+    async def _remove_from_memory(self) -> None:
+        """As long as a child has a file mapped its pages stay in memory, whether it has a name or
+        not: so it keeps its name, by which it is counted."""
+        remove = self._store.remove_from_memory
+        for snapshot_id in list(self._left_in_memory):
+            if self._held[snapshot_id]:
+                continue
+            # Who has looked for the files before that and holds them no more has a row by now; who
+            # looks from now on finds those on the disk.
+            users = await self._registry.users_of_snapshot(snapshot_id)
+            path = self._store.memory_copy(snapshot_id)
+            if users.starting or (
+                path is not None and await self._run(_is_mapped, (path, users.pids))
+            ):
+                continue
+            if await self._is_removed(remove, "files in memory", snapshot_id):
+                self._left_in_memory.discard(snapshot_id)
 
     async def _remove_flattened_layers(self) -> None:
         for snapshot_id in list(self._flattened):
@@ -279,6 +348,23 @@ class Snapshots:
     def _run(self, work: Callable[[A], T], argument: A) -> asyncio.Future[T]:
         """File work, in a thread."""
         return asyncio.get_running_loop().run_in_executor(self._files, work, argument)
+
+
+def _is_mapped(of: tuple[Path, Sequence[int]]) -> bool:
+    """Whether any of these processes has a file mapped. Blocks."""
+    path, pids = of
+    return any(has_mapped(pid, path) for pid in pids)
+
+
+def snapshot_lost(snapshot_id: str) -> ForkpointError:
+    """The error for a snapshot that is LOST."""
+    return ForkpointError(
+        Reason.SNAPSHOT_LOST,
+        f"snapshot {snapshot_id} is LOST: it, or what it stands on, was kept in memory only, and "
+        "went with it (a reboot, a logout, or somebody who emptied that folder). Delete it and "
+        "branch again, with mode FULL where it was the source's dirty base",
+        metadata={"snapshot_id": snapshot_id},
+    )
 
 
 def image_damaged(snapshot_id: str, error: Exception) -> ForkpointError:

@@ -50,6 +50,7 @@ def fork_spec(
     ttl: durations.Duration | None,
     on_expiry: ExpiryAction | str,
     on_failure: FailureAction | str,
+    allow_drive_copy: bool = False,
 ) -> fork_pb2.ForkSpec:
     """What children are wanted."""
     if not 0 < count < 2**32:
@@ -61,6 +62,7 @@ def fork_spec(
         ttl=_wire.duration_to(ttl),
         on_expiry=_expiry(on_expiry),
         on_failure=_wire.enum_to(fork_pb2.FailureAction, choose(FailureAction, on_failure)),
+        allow_drive_copy=allow_drive_copy,
     )
 
 
@@ -75,6 +77,7 @@ def branch_request(
     max_pause: durations.Duration | None,
     labels: Mapping[str, str] | None,
     request_id: str | None,
+    allow_drive_copy: bool = False,
     fork: fork_pb2.ForkSpec | None = None,
 ) -> messages.BranchSandboxRequest:
     """Asks for a branch."""
@@ -89,6 +92,7 @@ def branch_request(
         max_pause=_wire.duration_to(max_pause),
         labels=labels,
         fork=fork,
+        allow_drive_copy=allow_drive_copy,
     )
 
 
@@ -106,6 +110,7 @@ def create_request(
     ttl: durations.Duration | None,
     on_expiry: ExpiryAction | str,
     request_id: str | None,
+    allow_drive_copy: bool = False,
 ) -> messages.CreateSandboxRequest:
     """Asks for a sandbox, from a kernel or from a snapshot."""
     request = messages.CreateSandboxRequest(
@@ -114,6 +119,7 @@ def create_request(
         labels=labels,
         ttl=_wire.duration_to(ttl),
         on_expiry=_expiry(on_expiry),
+        allow_drive_copy=allow_drive_copy,
     )
     if (kernel is None) == (snapshot_id is None):
         raise ValueError("a sandbox starts from either a kernel or a snapshot: give one of them")

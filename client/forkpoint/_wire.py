@@ -179,6 +179,7 @@ def _pause(message: branch_pb2.PauseWindow) -> views.PauseWindow:
         dirty_bytes=message.dirty_bytes,
         staging=enum_from(enums.StagingKind, branch_pb2.StagingKind, message.staging),
         was_paused=message.was_paused,
+        drive_clone=_span(message.drive_clone),
     )
 
 

@@ -47,12 +47,13 @@ class Vmm:
 
 @dataclass(frozen=True, slots=True)
 class Drive:
-    """A block device of a guest. Writable ones are refused by this version of the server."""
+    """A block device of a guest. Of a writable one every sandbox has a file of its own."""
 
     drive_id: str
     """Unique in the sandbox: [a-z][a-z0-9_]{0,31}."""
     path: str
-    """Absolute path on the server's host, inside one of its image roots."""
+    """Absolute path on the server's host, inside one of its image roots; a writable drive starts
+    as a clone of it."""
     read_only: bool = True
     root_device: bool = False
     """Whether the guest boots from it."""
@@ -235,6 +236,8 @@ class PauseWindow:
     staging: StagingKind
     was_paused: bool
     """True where nothing was stopped for this branch: its owner had paused the source."""
+    drive_clone: timedelta = timedelta(0)
+    """What the clones of writable drives took, between snapshot and resume."""
 
 
 @dataclass(frozen=True, slots=True)

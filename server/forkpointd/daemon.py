@@ -196,6 +196,7 @@ class Daemon:
         snapshots = Snapshots(registry, store, threads.files)
         stack.push_async_callback(snapshots.close)
         folders = Folders(data)
+        quiet = Quiet()
         starter = Starter(
             folders=folders,
             store=store,
@@ -203,6 +204,8 @@ class Daemon:
             host=host,
             strict_host=settings.strict_host,
             calls=threads.vmm,
+            reflink=reflink,
+            hold_still=quiet.wait,
             oom_order=await _in_thread(take_place),
         )
         oom_kills = await _in_thread(OomKills.open)
@@ -234,7 +237,7 @@ class Daemon:
         forks = Forks(sandboxes, concurrent_starts=settings.concurrent_starts)
         stack.push_async_callback(forks.close)
         predictor = PausePredictor()
-        quiet, bandwidth = Quiet(), Bandwidth(settings.precopy_bytes_per_second)
+        bandwidth = Bandwidth(settings.precopy_bytes_per_second)
         page_cache = PageCache(cgroup)
 
         def copy_workers(executor: Executor) -> CopyWorkers:

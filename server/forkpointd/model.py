@@ -69,6 +69,7 @@ class Reason(StrEnum):
     IMAGE_DAMAGED = "IMAGE_DAMAGED"
     WRITABLE_DRIVE = "WRITABLE_DRIVE"
     DRIVE_CHANGED = "DRIVE_CHANGED"
+    GUARDIAN_LOST = "GUARDIAN_LOST"
     CONSOLE_BUSY = "CONSOLE_BUSY"
     CONSOLE_FULL = "CONSOLE_FULL"
     CONSOLE_OFFSET = "CONSOLE_OFFSET"
@@ -194,7 +195,8 @@ class Drive:
 
     drive_id: str
     path: Path
-    """Absolute, resolved, inside an image root."""
+    """Absolute, resolved, inside an image root. Of a writable one: where its first contents came
+    from; each sandbox writes to a file in its own folder."""
     read_only: bool = True
     root_device: bool = False
 
@@ -211,6 +213,11 @@ class Machine:
     def memory_bytes(self) -> int:
         """Guest memory in bytes: also the size of its memory file."""
         return self.memory_mib * MIB
+
+    @property
+    def writable_drives(self) -> tuple[Drive, ...]:
+        """Those of which every sandbox has a file of its own."""
+        return tuple(drive for drive in self.drives if not drive.read_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -582,6 +589,8 @@ class PauseWindow:
     dirty_bytes: int
     staging: StagingKind
     was_paused: bool = False
+    drive_clone_us: int = 0
+    """For the clones (or copies) of writable drives, between snapshot and resume."""
 
     @property
     def vmm_total_us(self) -> int:
@@ -685,6 +694,8 @@ class ForkSpec:
     ttl_seconds: float | None = None
     on_expiry: ExpiryAction = ExpiryAction.DELETE
     on_failure: FailureAction = FailureAction.KEEP
+    allow_drive_copy: bool = False
+    """Give children copies of writable drives where they can't be cloned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -773,6 +784,8 @@ class CreateOrder:
     ttl_seconds: float | None = None
     on_expiry: ExpiryAction = ExpiryAction.DELETE
     request: RequestKey | None = None
+    allow_drive_copy: bool = False
+    """Copy writable drives where they can't be cloned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -800,6 +813,8 @@ class BranchOrder:
     fork: ForkSpec | None = None
     request: RequestKey | None = None
     durability: Durability = Durability.DISK
+    allow_drive_copy: bool = False
+    """Copy writable drives where they can't be cloned."""
 
 
 @dataclass(frozen=True, slots=True)

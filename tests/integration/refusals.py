@@ -50,6 +50,7 @@ STEPS = {
     "load": "forkpointd.sandboxes.starting:Starter.load",
     "remove": "forkpointd.sandboxes.folders:Folders.remove",
     "precopy": "forkpointd.branching.life:make_image",
+    "drives": "forkpointd.branching.life:make_ready",
     "window": "forkpointd.vmm.window:Window.run",
     "merge": "forkpointd.branching.life:merge_staged_diff",
     "layer": "forkpointd.branching.life:place_layer",

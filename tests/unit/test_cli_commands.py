@@ -55,13 +55,23 @@ def test_a_sandbox_from_create_to_rm(fake: Fake) -> None:
     created = data(
         "sandbox", "create", "agent-7", "--kernel", "/images/vmlinux", "--memory", "1G",
         "--vcpus", "2", "--drive", "rootfs=/images/root.ext4:root", "-l", "a=b", "--ttl", "10m",
+        "--drive", "data=/images/data:rw", "--drive", "both=/images/both:root:rw",
+        "--allow-drive-copy",
     )  # fmt: skip
     assert created["id"] == "agent-7"
     assert created["state"] == "RUNNING"
     assert created["ttl_seconds"] == 600
-    boot = fake.called("CreateSandbox")[0].boot
+    request = fake.called("CreateSandbox")[0]
+    boot = request.boot
     assert (boot.memory_mib, boot.vcpus) == (1024, 2)
-    assert (boot.drives[0].drive_id, boot.drives[0].root_device) == ("rootfs", True)
+    assert request.allow_drive_copy
+    assert [
+        (each.drive_id, each.path, each.read_only, each.root_device) for each in boot.drives
+    ] == [
+        ("rootfs", "/images/root.ext4", True, True),
+        ("data", "/images/data", False, False),
+        ("both", "/images/both", False, True),
+    ]
 
     assert data("sandbox", "get", "agent-7")["labels"] == {"a": "b"}
     assert [each["id"] for each in data("sandbox", "list")] == ["agent-7"]

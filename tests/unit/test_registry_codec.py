@@ -162,9 +162,13 @@ def test_what_lies_in_the_file_stays_readable_by_later_releases() -> None:
         '"retry_after_seconds":1.5}'
     )
     window = PauseWindow(START, 5, 1, 2, 1, 4096, StagingKind.TMPFS)
-    assert codec_of(PauseWindow).to_json(window) == (
+    before_drives = (
         '{"start_time":"2025-01-31T12:00:00.000005Z","total_us":5,"pause_us":1,"snapshot_us":2,'
         '"resume_us":1,"dirty_bytes":4096,"staging":"TMPFS","was_paused":false}'
+    )
+    assert codec_of(PauseWindow).from_json(before_drives) == window
+    assert codec_of(PauseWindow).to_json(window) == (
+        before_drives.removesuffix("}") + ',"drive_clone_us":0}'
     )
     row = SANDBOXES.encode(sandbox(dirty_base=DirtyBase.of("snap-1"), ttl_seconds=60))
     assert (row["state"], row["create_time"]) == ("RUNNING", "2025-01-31T12:00:00.000005Z")

@@ -64,6 +64,9 @@ def test_drives_are_found_by_links(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     link_drives(tmp_path, [DRIVE])
     assert (tmp_path / "drives" / "root").readlink() == DRIVE.path
+    (tmp_path / "own").mkdir()
+    link_drives(tmp_path / "own", [Drive("data", Path("/images/data"), read_only=False)])
+    assert list((tmp_path / "own" / "drives").iterdir()) == [], "a writable one is never a link"
     for name in ("..", "", "a/b"):
         with pytest.raises(ValueError, match="can't name a drive"):
             link_drives(tmp_path / "x", [Drive(name, Path("/x"))])

@@ -83,6 +83,7 @@ class Snapshot(SnapshotView):
         ttl: durations.Duration | None = None,
         on_expiry: ExpiryAction | str = ExpiryAction.DELETE,
         on_failure: FailureAction | str = FailureAction.KEEP,
+        allow_drive_copy: bool = False,
         strict: bool = False,
         request_id: str | None = None,
         timeout: durations.Duration | None = None,
@@ -96,7 +97,7 @@ class Snapshot(SnapshotView):
         request = ForkSandboxesRequest(
             request_id=request_id or new_request_id(),
             snapshot_id=self.id,
-            fork=fork_spec(count, fork_id, labels, ttl, on_expiry, on_failure),
+            fork=fork_spec(count, fork_id, labels, ttl, on_expiry, on_failure, allow_drive_copy),
         )
         return Children.of_snapshot(self._calls, request, strict=strict, timeout=timeout)
 

@@ -106,6 +106,7 @@ class Sandbox(SandboxView):
         snapshot_id: str | None = None,
         max_pause: durations.Duration | None = None,
         labels: Mapping[str, str] | None = None,
+        allow_drive_copy: bool = False,
         request_id: str | None = None,
         timeout: durations.Duration | None = None,
     ) -> Branching:
@@ -119,6 +120,7 @@ class Sandbox(SandboxView):
             snapshot_id=snapshot_id,
             max_pause=max_pause,
             labels=labels,
+            allow_drive_copy=allow_drive_copy,
             request_id=request_id,
         )
         return Branching(self._calls, request, timeout)
@@ -133,6 +135,7 @@ class Sandbox(SandboxView):
         snapshot_id: str | None = None,
         max_pause: durations.Duration | None = None,
         labels: Mapping[str, str] | None = None,
+        allow_drive_copy: bool = False,
         request_id: str | None = None,
         timeout: durations.Duration | None = None,
     ) -> Snapshot:
@@ -150,6 +153,8 @@ class Sandbox(SandboxView):
             snapshot_id: chosen by you; None: by the server.
             max_pause: be refused (`PauseTooLong`) if the source would stand still for longer.
             labels: the snapshot's.
+            allow_drive_copy: copy writable drives, while the source stands still, where the
+                server's file system can't clone them; else that is refused.
             request_id: makes it safe to ask again from another process; None: made here.
             timeout: stop following after this long. The branch goes on.
         """
@@ -161,6 +166,7 @@ class Sandbox(SandboxView):
             snapshot_id=snapshot_id,
             max_pause=max_pause,
             labels=labels,
+            allow_drive_copy=allow_drive_copy,
             request_id=request_id,
             timeout=timeout,
         ).wait()
@@ -180,6 +186,7 @@ class Sandbox(SandboxView):
         ttl: durations.Duration | None = None,
         on_expiry: ExpiryAction | str = ExpiryAction.DELETE,
         on_failure: FailureAction | str = FailureAction.KEEP,
+        allow_drive_copy: bool = False,
         strict: bool = False,
         request_id: str | None = None,
         timeout: durations.Duration | None = None,
@@ -200,6 +207,7 @@ class Sandbox(SandboxView):
             ttl: time to live of every child: what cleans up should this process die.
             on_expiry: "delete", "pause" or "branch".
             on_failure: "keep" the good children when one fails, or "delete_all".
+            allow_drive_copy: copy writable drives where the server's file system can't clone them.
             strict: raise an ExceptionGroup when not all children start.
             request_id: makes it safe to ask again from another process; None: made here.
             timeout: stop following after this long. The fork goes on.
@@ -215,8 +223,9 @@ class Sandbox(SandboxView):
             snapshot_id=snapshot_id,
             max_pause=max_pause,
             labels=None,
+            allow_drive_copy=allow_drive_copy,
             request_id=request_id,
-            fork=fork_spec(count, fork_id, labels, ttl, on_expiry, on_failure),
+            fork=fork_spec(count, fork_id, labels, ttl, on_expiry, on_failure, allow_drive_copy),
         )
         return Children.of_sandbox(self._calls, request, strict=strict, timeout=timeout)
 
@@ -241,6 +250,7 @@ class Sandboxes:
         labels: Mapping[str, str] | None = None,
         ttl: durations.Duration | None = None,
         on_expiry: ExpiryAction | str = ExpiryAction.DELETE,
+        allow_drive_copy: bool = False,
         request_id: str | None = None,
         timeout: durations.Duration | None = None,
     ) -> Sandbox:
@@ -253,11 +263,13 @@ class Sandboxes:
             vcpus: 1 to 32; 0: 1.
             initrd: an initrd in the image roots.
             boot_args: the kernel's command line; None: the server's default.
-            drives: block devices, read-only.
+            drives: block devices. Of a writable one the sandbox gets a clone of its own.
             snapshot: start from this snapshot instead of a kernel.
             labels: free text pairs.
             ttl: time to live, such as "10m"; None: until it is deleted.
             on_expiry: "delete", "pause" or "branch".
+            allow_drive_copy: copy writable drives where the server's file system can't clone them;
+                else that is refused.
             request_id: makes it safe to ask again from another process; None: made here.
             timeout: deadline, if not the client's.
         """
@@ -273,6 +285,7 @@ class Sandboxes:
             labels=labels,
             ttl=ttl,
             on_expiry=on_expiry,
+            allow_drive_copy=allow_drive_copy,
             request_id=request_id,
         )
         response = self._calls.unary(self._calls.sandboxes.CreateSandbox, request, timeout=timeout)

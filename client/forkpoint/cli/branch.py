@@ -9,7 +9,7 @@ import typer
 
 import forkpoint
 from forkpoint.cli import output
-from forkpoint.cli.common import Address, Json, Labels, collect, pairs, run
+from forkpoint.cli.common import Address, AllowDriveCopy, Json, Labels, collect, pairs, run
 from forkpoint.cli.hints import BranchGroup
 from forkpoint.cli.progress import BranchDisplay, pause_facts
 from forkpoint.views import BranchUpdate, SnapshotView
@@ -78,6 +78,7 @@ def start(
     ] = None,
     max_pause: MaxPause = None,
     label: Labels = None,
+    allow_drive_copy: AllowDriveCopy = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Follow it to its end, or let it go.")
     ] = True,
@@ -104,6 +105,7 @@ def start(
                 branch_id=branch_id,
                 max_pause=max_pause,
                 labels=pairs(label),
+                allow_drive_copy=allow_drive_copy,
                 timeout=timeout,
             )
             if not wait:

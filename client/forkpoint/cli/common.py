@@ -34,6 +34,13 @@ Labels = Annotated[
     list[str] | None,
     typer.Option("--label", "-l", metavar="KEY=VALUE", help="A label; may be repeated."),
 ]
+AllowDriveCopy = Annotated[
+    bool,
+    typer.Option(
+        "--allow-drive-copy",
+        help="Copy writable drives where the server's file system can't clone them (slow).",
+    ),
+]
 Ttl = Annotated[
     str | None,
     typer.Option(metavar="SPAN", help="Time to live, such as 90s, 10m or 1h30m. Default: no end."),

@@ -12,7 +12,7 @@ import typer
 import forkpoint
 from forkpoint.cli import exits, output
 from forkpoint.cli.branch import Durability, MaxPause, Mode, Timeout
-from forkpoint.cli.common import Address, Json, Labels, Ttl, pairs, run
+from forkpoint.cli.common import Address, AllowDriveCopy, Json, Labels, Ttl, pairs, run
 from forkpoint.cli.progress import BranchDisplay, pause_facts
 from forkpoint.errors import SandboxNotFound, SnapshotNotFound
 from forkpoint.views import BranchUpdate
@@ -41,6 +41,7 @@ def fork(
     mode: Mode = forkpoint.BranchMode.AUTO,
     durability: Durability = forkpoint.Durability.DISK,
     max_pause: MaxPause = None,
+    allow_drive_copy: AllowDriveCopy = False,
     timeout: Timeout = None,
     address: Address = None,
     json: Json = False,
@@ -63,6 +64,7 @@ def fork(
         "on_failure": forkpoint.FailureAction.DELETE_ALL
         if all_or_nothing
         else forkpoint.FailureAction.KEEP,
+        "allow_drive_copy": allow_drive_copy,
         "timeout": timeout,
     }
 

@@ -188,6 +188,7 @@ def pause_facts(pause: PauseWindow) -> list[tuple[str, str | None]]:
         total = "none: the source was paused by its owner"
     else:
         total = f"{output.span(pause.total)} by the server's clock"
+    drives = f" + drives {output.span(pause.drive_clone)}" if pause.drive_clone else ""
     return [
         ("pause", total),
         (
@@ -195,6 +196,7 @@ def pause_facts(pause: PauseWindow) -> list[tuple[str, str | None]]:
             (
                 f"{output.span(pause.vmm_total)} = pause {output.span(pause.pause)}"
                 f" + write {output.span(pause.snapshot)} + resume {output.span(pause.resume)}"
+                f"{drives}"
             ),
         ),
         ("  wrote", f"{output.size(pause.dirty_bytes)}, staged in {where}"),

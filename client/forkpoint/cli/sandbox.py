@@ -10,7 +10,7 @@ import typer
 
 import forkpoint
 from forkpoint.cli import output
-from forkpoint.cli.common import Address, Json, Labels, Ttl, collect, pairs, run
+from forkpoint.cli.common import Address, AllowDriveCopy, Json, Labels, Ttl, collect, pairs, run
 from forkpoint.cli.deletions import Deletions, delete_each, say_deleted
 from forkpoint.views import Drive, SandboxView
 
@@ -47,12 +47,20 @@ def memory_mib(text: str) -> int:
 
 
 def drive(text: str) -> Drive:
-    """A drive of NAME=PATH or NAME=PATH:root."""
+    """A drive of NAME=PATH, with :root and :rw behind it in any order."""
     name, equals, path = text.partition("=")
-    path, colon, flag = path.rpartition(":") if path.endswith(":root") else (path, "", "")
+    flags = set()
+    while path.endswith((":root", ":rw")):
+        path, _, flag = path.rpartition(":")
+        flags.add(flag)
     if not (name and equals and path):
-        raise ValueError(f"a drive is written NAME=PATH or NAME=PATH:root, not {text!r}")
-    return Drive(name, str(Path(path).absolute()), read_only=True, root_device=bool(colon and flag))
+        raise ValueError(f"a drive is written NAME=PATH, NAME=PATH:root or NAME=PATH:rw: {text!r}")
+    return Drive(
+        name,
+        str(Path(path).absolute()),
+        read_only="rw" not in flags,
+        root_device="root" in flags,
+    )
 
 
 @app.command()
@@ -71,7 +79,11 @@ def create(
     boot_args: Annotated[str | None, typer.Option(help="The kernel's command line.")] = None,
     drives: Annotated[
         list[str] | None,
-        typer.Option("--drive", metavar="NAME=PATH[:root]", help="A read-only drive; repeatable."),
+        typer.Option(
+            "--drive",
+            metavar="NAME=PATH[:root][:rw]",
+            help="A drive, read-only unless :rw is behind it; repeatable.",
+        ),
     ] = None,
     snapshot: Annotated[
         str | None, typer.Option(help="Start from this snapshot instead of a kernel.")
@@ -79,6 +91,7 @@ def create(
     label: Labels = None,
     ttl: Ttl = None,
     on_expiry: OnExpiry = forkpoint.ExpiryAction.DELETE,
+    allow_drive_copy: AllowDriveCopy = False,
     address: Address = None,
     json: Json = False,
 ) -> None:
@@ -104,6 +117,7 @@ def create(
                 labels=pairs(label),
                 ttl=ttl,
                 on_expiry=on_expiry,
+                allow_drive_copy=allow_drive_copy,
             )
 
     show(run(work, json=json), json=json)

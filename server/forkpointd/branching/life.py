@@ -28,6 +28,7 @@ from forkpointd.branching.admission import (
     Plan,
     expected_diff_bytes,
 )
+from forkpointd.branching.drives import clones_of, data_bytes, make_ready
 from forkpointd.branching.imaging import (
     Meter,
     Staged,
@@ -64,6 +65,7 @@ from forkpointd.model import (
     ForkpointError,
     ForkStage,
     Layout,
+    Machine,
     PauseWindow,
     Reason,
     Snapshot,
@@ -72,7 +74,7 @@ from forkpointd.model import (
 )
 from forkpointd.sandboxes.live import LiveSandbox, remove_diffs
 from forkpointd.sandboxes.starting import check_drives_are_there
-from forkpointd.vmm import VmmFault, VmmGone, resident_bytes
+from forkpointd.vmm import DriveClones, VmmError, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,9 @@ class BranchLife:
         self._stopped_by: ForkpointError | None = None
         self._draft: Draft | None = None
         self._ahead_bytes = 0
+        self._clones: DriveClones | None = None
+        self.allow_drive_copy = False
+        """Copy writable drives where they can't be cloned."""
 
     @property
     def branch(self) -> Branch:
@@ -225,8 +230,8 @@ class BranchLife:
             await self._fail(write_failed("before its pause window", error))
             return
         try:
-            window = await self._source.open_window(staged, held)
-        except (ForkpointError, OSError, VmmFault, VmmGone) as error:
+            window = await self._source.open_window(staged, self._clones, held)
+        except (ForkpointError, OSError, VmmError) as error:
             await self._fail(
                 error
                 if isinstance(error, ForkpointError)
@@ -243,6 +248,10 @@ class BranchLife:
         self.record.note_window(window)
         if self._holding.staged is not None:
             self._holding.staged.consume(max(0, window.dirty_bytes - self._ahead_bytes))
+        if self._source.drive_failure is not None:
+            # Never RESUMED: a restarted server would take the drives for whole.
+            await self._fail_with_diff(staged, self._source.drive_failure)
+            return
         layered = self.branch.layout is Layout.LAYERED
         if layered and self._holding.image is not None:
             self._holding.image.keep(window.dirty_bytes + VMSTATE_BYTES)
@@ -307,7 +316,7 @@ class BranchLife:
         live, shop = self._source.live, self._shop
         live.require_callable()
         row = live.row
-        await shop.run(lambda: check_drives_are_there(row.machine))
+        await shop.run(lambda: check_drives_are_there(row.machine, live.folder))
         plan, layout, expected = await self._plan()
         if layout is not Layout.LAYERED and self._line:
             await self._line.empty()
@@ -337,6 +346,7 @@ class BranchLife:
         staged = await shop.windows.stage(self._holding.staging, serial, self._source.memory_bytes)
         try:
             await self._get_pages_ahead(serial, expected)
+            self._clones = await self._prepare_drives(row.machine, held)
         except BaseException:
             await asyncio.shield(shop.windows.remove(staged))
             raise
@@ -443,6 +453,22 @@ class BranchLife:
         async with shop.allocations.slot():
             self._ahead_bytes = await shop.allocations.run(get)
 
+    async def _prepare_drives(self, machine: Machine, held: AsyncExitStack) -> DriveClones | None:
+        """What the window clones: writes what is dirty of it to the disk, makes the files."""
+        if not machine.writable_drives:
+            return None
+        shop, draft, folder = self._shop, self._draft, self._source.live.folder
+        assert draft is not None
+        clones = clones_of(machine, folder, draft, shop, allow_copy=self.allow_drive_copy)
+        if not shop.sandboxes.starter.reflink:
+            what = f"copies of the drives of sandbox {self.branch.sandbox_id}"
+            held.enter_context(
+                await shop.run(lambda: shop.admission.reserve_bytes(data_bytes(clones), what))
+            )
+        async with shop.allocations.slot():
+            await shop.allocations.run(lambda pace: make_ready(clones, pace))
+        return clones
+
     # --- after the window ---
 
     async def _merge(self, staged: Staged) -> LayerWitness | None:
@@ -498,6 +524,7 @@ class BranchLife:
                         vmm=row.vmm,
                         host=shop.host,
                         layer=layer,
+                        clone_of=draft.drive_path,
                     ),
                 )
             )

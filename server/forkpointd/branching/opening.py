@@ -32,7 +32,14 @@ from forkpointd.model import (
     StagingKind,
 )
 from forkpointd.sandboxes.datadir import STAGING_LINKS
-from forkpointd.vmm import Vmm, VmmError, Window, WindowLatencies, WindowOutcome
+from forkpointd.vmm import (
+    AnyWindow,
+    DriveClones,
+    Vmm,
+    VmmError,
+    WindowLatencies,
+    WindowOutcome,
+)
 
 T = TypeVar("T")
 
@@ -43,7 +50,7 @@ log = logging.getLogger(__name__)
 class Prepared:
     """A window that is ready to be opened."""
 
-    window: Window
+    window: AnyWindow
     staged: Staged
     vmm: Vmm
     was_paused: bool
@@ -92,15 +99,23 @@ class Windows:
         )
 
     async def prepare(
-        self, vmm: Vmm, mode: BranchMode, staged: Staged, *, was_paused: bool
+        self,
+        vmm: Vmm,
+        mode: BranchMode,
+        staged: Staged,
+        *,
+        was_paused: bool,
+        clones: DriveClones | None,
     ) -> Prepared:
-        """Opens the connection and builds the requests. Nothing reaches Firecracker yet."""
+        """Opens the connection and builds the requests; with `clones` the guardian is started.
+        Nothing reaches Firecracker yet."""
         link = STAGING_LINKS[staged.kind]
         window = await vmm.prepare_window(
             full=mode is BranchMode.FULL,
             vmstate_name=f"{link}/{staged.vmstate_path.name}",
             memory_name=f"{link}/{staged.memory_path.name}",
             was_paused=was_paused,
+            clones=clones,
         )
         return Prepared(window, staged, vmm, was_paused)
 
@@ -131,6 +146,7 @@ class Windows:
             dirty_bytes=dirty_bytes,
             staging=prepared.staged.kind,
             was_paused=prepared.was_paused,
+            drive_clone_us=0 if outcome.drives is None else outcome.drives.clone_us,
         )
 
     async def remove(self, staged: Staged) -> None:
@@ -150,6 +166,32 @@ def _store_extents(staged: Staged, mode: BranchMode, memory_bytes: int) -> Exten
     return extents
 
 
+def drive_failure(sandbox_id: str, outcome: WindowOutcome) -> ForkpointError | None:
+    """What a client is told about drives that are no clones of their window; None where they
+    are."""
+    if outcome.drives is None or not outcome.drives.fault:
+        return None
+    if outcome.guardian_lost:
+        return guardian_lost(sandbox_id, "no page is lost: branch it again")
+    return ForkpointError(
+        Reason.WRITE_FAILED,
+        f"the drives of sandbox {sandbox_id} could not be cloned in its pause window: "
+        f"{outcome.drives.fault}. The source runs on and no page is lost: make room, or put away "
+        "what is in the way, and branch again",
+        metadata={"sandbox_id": sandbox_id},
+    )
+
+
+def guardian_lost(sandbox_id: str, then: str) -> ForkpointError:
+    """What a client is told about a guardian that was ended, or hung, in its window."""
+    return ForkpointError(
+        Reason.GUARDIAN_LOST,
+        f"the process that ran the pause window of sandbox {sandbox_id} was ended, or gave no sign "
+        f"of life. The server has resumed the source; {then}",
+        metadata={"sandbox_id": sandbox_id},
+    )
+
+
 def window_failure(sandbox_id: str, outcome: WindowOutcome) -> ForkpointError:
     """What a client is told about a window in which no snapshot was written."""
     if outcome.process_gone:
@@ -158,6 +200,8 @@ def window_failure(sandbox_id: str, outcome: WindowOutcome) -> ForkpointError:
             f"the Firecracker of sandbox {sandbox_id} ended in its pause window",
             metadata={"sandbox_id": sandbox_id},
         )
+    if outcome.guardian_lost and outcome.create_reply is None:
+        return guardian_lost(sandbox_id, "its next branch must be FULL")
     if outcome.memory_write_failed:
         return ForkpointError(
             Reason.WRITE_FAILED,

@@ -26,6 +26,7 @@ from forkpointd.model import (
     BranchStage,
     BranchView,
     DirtyBaseState,
+    Durability,
     ForkpointError,
     Layout,
     Page,
@@ -154,6 +155,11 @@ class Branches:
                 self._shop.admission.decide(
                     live.row, order.mode, order.max_pause_us, holding.staging, expected
                 )
+            if order.durability is Durability.MEMORY and row.machine.writable_drives:
+                raise _drives_stay_on_disk(order.sandbox_id)
+            self._shop.sandboxes.starter.check_cloning(
+                row.machine, allow_copy=order.allow_drive_copy
+            )
             branch = self._new_branch(order)
             if order.fork is not None:
                 fork = new_fork(order.fork, branch.snapshot_id, branch_id=branch.branch_id)
@@ -165,6 +171,7 @@ class Branches:
             self._shop.forks.show(fork, memory)
         record = BranchRecord(self._shop, BranchView(branch, None, fork))
         life = BranchLife(self._shop, record, live, holding, self._line_of(order.sandbox_id))
+        life.allow_drive_copy = order.allow_drive_copy
         life.begin()
         self._follow(life, life.run())
         return branch
@@ -338,4 +345,13 @@ def _not_cancellable(branch: Branch) -> str:
     return (
         f"branch {branch.branch_id} {where} and can't be cancelled any more: delete its snapshot "
         f"{branch.snapshot_id} instead"
+    )
+
+
+def _drives_stay_on_disk(sandbox_id: str) -> ForkpointError:
+    return ForkpointError(
+        Reason.WRITABLE_DRIVE,
+        f"sandbox {sandbox_id} has writable drives, whose clones lie on the disk with the drives: "
+        "branch it with durability DISK",
+        metadata={"sandbox_id": sandbox_id},
     )

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from forkpointd.branching.imaging import DiffLost, Staged
 from forkpointd.branching.line import SourceLine
-from forkpointd.branching.opening import Prepared, window_failure
+from forkpointd.branching.opening import Prepared, drive_failure, window_failure
 from forkpointd.branching.record import BranchRecord
 from forkpointd.branching.workshop import Workshop
 from forkpointd.images import Extents, ImageError, first_of, total_bytes
@@ -42,7 +42,7 @@ from forkpointd.model import (
     UnmergedDiff,
 )
 from forkpointd.sandboxes.live import LastDiff, LiveSandbox, RowDraft, remove_diffs
-from forkpointd.vmm import WindowOutcome, resident_bytes
+from forkpointd.vmm import DriveClones, WindowOutcome, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Source:
         self.live = live
         self.dirty_bytes = 0
         """What its window wrote."""
+        self.drive_failure: ForkpointError | None = None
+        """Why its drives are no clones of the window; the memory is that of it all the same."""
         self._shop = shop
         self._record = record
         self._line = line
@@ -79,7 +81,9 @@ class Source:
 
     # --- the window ---
 
-    async def open_window(self, staged: Staged, held: AsyncExitStack) -> PauseWindow:
+    async def open_window(
+        self, staged: Staged, clones: DriveClones | None, held: AsyncExitStack
+    ) -> PauseWindow:
         """Marks the base PENDING, opens the window, and settles what it did to the base.
 
         Raises when no snapshot was written; then the base is VALID or INVALID as said above, and
@@ -88,7 +92,7 @@ class Source:
         async with self.live.turn:
             with ExitStack() as quiet:
                 try:
-                    prepared = await self._make_pending(staged, quiet)
+                    prepared = await self._make_pending(staged, clones, quiet)
                 except BaseException:
                     await asyncio.shield(self._shop.windows.remove(staged))
                     raise
@@ -102,12 +106,15 @@ class Source:
             failure = await self._settle_base(prepared, outcome)
             window = await self._shop.windows.describe(prepared, outcome, self.dirty_bytes)
         await self._settle_resume(outcome)
+        self.drive_failure = drive_failure(self.live.sandbox_id, outcome)
         if failure is not None:
             await self._shop.windows.remove(staged)
             raise failure
         return window
 
-    async def _make_pending(self, staged: Staged, quiet: ExitStack) -> Prepared:
+    async def _make_pending(
+        self, staged: Staged, clones: DriveClones | None, quiet: ExitStack
+    ) -> Prepared:
         """The last step before the window: all is built, copies begin to hold still (until `quiet`
         is closed), then the base is PENDING, durably."""
         live, branch = self.live, self._record.branch
@@ -115,7 +122,10 @@ class Source:
         vmm = live.require_callable()
         was_paused = live.row.state is SandboxState.PAUSED
         prepared = await self._shop.sandboxes.ask(
-            live, self._shop.windows.prepare(vmm, branch.mode, staged, was_paused=was_paused)
+            live,
+            self._shop.windows.prepare(
+                vmm, branch.mode, staged, was_paused=was_paused, clones=clones
+            ),
         )
         try:
             quiet.enter_context(self._shop.quiet.window())

@@ -68,7 +68,7 @@ async def _make_hidden_image(
         raise ImageError(f"branch {base.unmerged[-1].branch_id} of a kept diff is forgotten")
     manifest = Manifest.describe(
         branch=replace(branch, snapshot_id=image_id, layout=Layout.FLAT),
-        machine=row.machine,
+        machine=replace(row.machine, drives=()),  # nothing starts from it
         vmm=row.vmm,
         host=shop.host,
     )

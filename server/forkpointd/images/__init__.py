@@ -20,12 +20,13 @@ from forkpointd.images.cold_pages import free_pages_are_cold, warm
 from forkpointd.images.copying import (
     CopyResult,
     can_reflink,
+    clone_whole,
     copy_image,
     copy_whole,
     make_empty_image,
     merge_diff,
 )
-from forkpointd.images.errors import ImageError, Stopped
+from forkpointd.images.errors import ImageError, NoReflink, Stopped
 from forkpointd.images.extents import (
     Extent,
     Extents,
@@ -107,6 +108,7 @@ __all__ = [
     "Manifest",
     "MemoryRoom",
     "Mismatch",
+    "NoReflink",
     "NoRoom",
     "Packing",
     "Reservation",
@@ -129,6 +131,7 @@ __all__ = [
     "check_fits",
     "check_parent",
     "choose_staging",
+    "clone_whole",
     "compare",
     "compute",
     "copy_chain",

@@ -195,6 +195,7 @@ def parts_of(stored: StoredSnapshot) -> Iterator[Part]:
         (stored.folder / MANIFEST_NAME, None),
         (stored.vmstate_path, None),
         (stored.memory_path, None if layer is None else layer.extents),
+        *((stored.drive_path(drive.drive_id), None) for drive in stored.manifest.writable_drives),
     ):
         with open_file(path, os.O_RDONLY) as file:
             yield Part(path.name, file, held)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forkpointd.images import syscalls
-from forkpointd.images.errors import ImageError
+from forkpointd.images.errors import ImageError, NoReflink
 from forkpointd.images.extents import Extent, Extents, check_extents, total_bytes
 from forkpointd.images.moving import (
     CHUNK_BYTES,
@@ -114,6 +114,29 @@ def copy_whole(
         return _copy_data(staged, image, staged.size_bytes, steps, on_total)
 
 
+def clone_whole(
+    source_path: Path,
+    clone_path: Path,
+    *,
+    allow_copy: bool,
+    should_stop: ShouldStop,
+    gate: Gate,
+) -> CopyMethod:
+    """Makes `clone_path` equal to a whole file that is written to later (a drive, say): by reflink,
+    or, where the file system can't and `allow_copy`, by a copy. Nothing is synced.
+
+    Raises NoReflink, Stopped, ImageError, OSError with the path; then there is no `clone_path`.
+    """
+    steps = Steps(_untold, should_stop, gate, CHUNK_BYTES)
+    with replacing(source_path, clone_path) as (source, clone):
+        if _reflinked(source, clone):
+            return CopyMethod.REFLINK
+        if not allow_copy:
+            raise NoReflink(f"{clone_path.parent} can't share blocks with {source_path}")
+        _copy_data(source, clone, source.size_bytes, steps, None)
+        return CopyMethod.COPY
+
+
 def merge_diff(
     diff_path: Path,
     extents: Sequence[Extent],
@@ -162,6 +185,10 @@ def can_reflink(folder: Path) -> bool:
     finally:
         source_path.unlink(missing_ok=True)
         target_path.unlink(missing_ok=True)
+
+
+def _untold(_count: int) -> None:
+    """Nobody asks how far it is."""
 
 
 def _check_size(file: OpenFile, size_bytes: int) -> None:

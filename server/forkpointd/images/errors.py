@@ -13,6 +13,10 @@ class ImageError(ForkpointError):
         super().__init__(Reason.IMAGE_DAMAGED, message)
 
 
+class NoReflink(Exception):
+    """The file system can't make two files share their blocks, and a copy was not allowed."""
+
+
 class Stopped(Exception):
     """A copy was told to stop. What it had written so far is no image."""
 

@@ -4,8 +4,8 @@ A snapshot's folder is moved and copied by people, so nothing in a manifest is b
 missing keys and the sizes of the files it names are checked before Firecracker sees them, for a
 failed load ends the process. `fits` compares it with a host.
 
-The file is JSON, `format` 2 (1 had no layers). A key that is not known is refused as well: it would
-be a promise that this version can't keep.
+The file is JSON, `format` 3 (1 had no layers, 2 no writable drives). A key that is not known is
+refused as well: it would be a promise that this version can't keep.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import binascii
 import dataclasses
 import json
 import os
+import re
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -39,8 +40,12 @@ from forkpointd.model import (
     now,
 )
 
-FORMAT = 2
+FORMAT = 3
+_WITHOUT_WRITABLE_DRIVES = 2
 _WITHOUT_LAYERS = 1
+
+_FILE_OF_DRIVE = re.compile(r"[a-z][a-z0-9_]{0,31}")
+"""What a drive may be called that has a file in the snapshot's folder: never a path."""
 
 MAX_MANIFEST_BYTES = 64 * MIB
 """More is no manifest of ours: it isn't even read. A layer of a million scattered pages has 11."""
@@ -50,7 +55,8 @@ E = TypeVar("E", bound=StrEnum)
 
 @dataclass(frozen=True, slots=True)
 class DriveWitness:
-    """A drive's file as it was when the snapshot was taken."""
+    """A drive's file as it was when the snapshot was taken. Of a writable one this is its clone,
+    which the snapshot's folder holds, and `path` is where the first sandbox got it from."""
 
     drive_id: str
     path: Path
@@ -63,10 +69,10 @@ class DriveWitness:
     """For people who look for the file; a copy with the same time and size is as good."""
 
     @classmethod
-    def of(cls, drive: Drive) -> DriveWitness:
-        """The witness of a drive as it is now. Raises OSError."""
+    def of(cls, drive: Drive, clone: Path | None = None) -> DriveWitness:
+        """The witness of a drive as it is now, or of its clone. Raises OSError."""
         path = Path(os.path.realpath(drive.path))
-        found = os.stat(path)
+        found = os.stat(path if clone is None else clone)
         return cls(
             drive.drive_id,
             path,
@@ -148,11 +154,12 @@ class Manifest:
         vmm: VmmVersion,
         host: HostFacts,
         layer: LayerWitness | None = None,
+        clone_of: Callable[[str], Path] | None = None,
         boot: Mapping[str, str] | None = None,
     ) -> Manifest:
         """The manifest of the snapshot that `branch` made, now and on this host. `vmm` is what
-        ran the source, which may be older than what the host starts today. Raises OSError where a
-        drive is gone."""
+        ran the source, which may be older than what the host starts today; `clone_of` tells the
+        clones of its writable drives. Raises OSError where a drive is gone."""
         assert branch.mode is not None, "a branch that has a snapshot has a mode"
         return cls(
             snapshot_id=branch.snapshot_id,
@@ -172,10 +179,21 @@ class Manifest:
             cpu_features=host.cpu_features,
             kernel_release=host.kernel_release,
             page_bytes=host.page_bytes,
-            drives=tuple(DriveWitness.of(drive) for drive in machine.drives),
+            drives=tuple(
+                DriveWitness.of(
+                    drive,
+                    None if drive.read_only or clone_of is None else clone_of(drive.drive_id),
+                )
+                for drive in machine.drives
+            ),
             layer=layer,
             boot=dict(boot or {}),
         )
+
+    @property
+    def writable_drives(self) -> tuple[DriveWitness, ...]:
+        """Those of which the snapshot's folder holds a clone."""
+        return tuple(drive for drive in self.drives if not drive.read_only)
 
     def to_json(self) -> str:
         """The manifest as its file has it: sorted, for people to compare."""
@@ -194,7 +212,8 @@ class Manifest:
         if not isinstance(content, dict):
             raise ImageError("the manifest is not a JSON object")
         version = content.pop("format", None)
-        if version not in (FORMAT, _WITHOUT_LAYERS) or isinstance(version, bool):
+        known = (FORMAT, _WITHOUT_WRITABLE_DRIVES, _WITHOUT_LAYERS)
+        if version not in known or isinstance(version, bool):
             raise ImageError(
                 f"manifest format {version!r} is not known: this version knows {FORMAT}"
             )
@@ -229,6 +248,7 @@ class Manifest:
         )
         reader.finish()
         _check_layer(manifest)
+        _check_drives(manifest, version)
         return manifest
 
 
@@ -239,6 +259,18 @@ def _check_layer(manifest: Manifest) -> None:
     parent = manifest.parent_snapshot_id
     if manifest.layer is not None and parent in (None, manifest.snapshot_id):
         raise ImageError(f"manifest: a layer can't stand on {parent}")
+
+
+def _check_drives(manifest: Manifest, version: int) -> None:
+    """Each has a name of its own, and those with a file one that is no path."""
+    ids = [drive.drive_id for drive in manifest.drives]
+    if len(set(ids)) != len(ids):
+        raise ImageError(f"manifest: drives have the same drive_id twice: {', '.join(sorted(ids))}")
+    for drive in manifest.writable_drives:
+        if version != FORMAT:
+            raise ImageError(f"manifest: format {version} has no writable drive ({drive.drive_id})")
+        if not _FILE_OF_DRIVE.fullmatch(drive.drive_id):
+            raise ImageError(f"manifest: {drive.drive_id!r} can't name a writable drive")
 
 
 # --- JSON --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
                       /layer          in its place where the snapshot is LAYERED: as large, and its
                                       manifest says what it holds
                       /vmstate
+                      /drive-<drive_id> a writable drive as it was in the window
                       /manifest.json
                       /checksums      of the files above, some time after they were made
     ROOT/.draft-<branch_id>/          a snapshot that is being made
@@ -49,6 +50,8 @@ CHECKSUMS_NAME = "checksums"
 MAX_CHECKSUMS_BYTES = 64 * MIB
 """More are no checksums of ours: a terabyte of memory has 45 MiB."""
 
+DRIVE_PREFIX = "drive-"
+
 _PART = ".part"
 """Ends the name of a file that will take another's place."""
 
@@ -79,6 +82,10 @@ class Draft:
         """Where the vmstate goes."""
         return self.folder / VMSTATE_NAME
 
+    def drive_path(self, drive_id: str) -> Path:
+        """Where the clone of a writable drive goes."""
+        return self.folder / (DRIVE_PREFIX + drive_id)
+
     @property
     def manifest_path(self) -> Path:
         """Where `finalise` writes the manifest."""
@@ -101,6 +108,10 @@ class StoredSnapshot:
     def vmstate_path(self) -> Path:
         """The state of CPUs and devices."""
         return self.folder / VMSTATE_NAME
+
+    def drive_path(self, drive_id: str) -> Path:
+        """A writable drive, of which each child gets a clone."""
+        return self.folder / (DRIVE_PREFIX + drive_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +212,8 @@ class SnapshotStore:
         fs = self._fs
         fs.unlink(draft.manifest_path)
         fs.write_new(draft.manifest_path, manifest.to_json().encode())
-        for path in (memory_path, draft.vmstate_path, draft.manifest_path):
+        drives = [draft.drive_path(drive.drive_id) for drive in manifest.writable_drives]
+        for path in (memory_path, draft.vmstate_path, *drives, draft.manifest_path):
             self._seal(path)
         fs.fsync_folder(draft.folder)
         self._begin(folder)
@@ -302,6 +314,10 @@ class SnapshotStore:
             for path, size_bytes in (
                 (stored.memory_path, manifest.memory_bytes),
                 (stored.vmstate_path, manifest.vmstate_bytes),
+                *(
+                    (stored.drive_path(drive.drive_id), drive.size_bytes)
+                    for drive in manifest.writable_drives
+                ),
             ):
                 actual = _size_of(path)
                 if actual != size_bytes:
@@ -525,6 +541,7 @@ class SnapshotStore:
         """What lies in a snapshot's folder and is no part of it: a flatten that was broken off
         leaves such files. Raises OSError."""
         own = {MANIFEST_NAME, VMSTATE_NAME, CHECKSUMS_NAME, stored.memory_path.name}
+        own |= {stored.drive_path(each.drive_id).name for each in stored.manifest.writable_drives}
         names = sorted(name for name in os.listdir(stored.folder) if name not in own)
         return tuple(stored.folder / name for name in names)
 

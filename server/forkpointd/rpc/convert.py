@@ -193,6 +193,7 @@ def pause_window(it: model.PauseWindow) -> branch_pb2.PauseWindow:
         dirty_bytes=it.dirty_bytes,
         staging=scalars.STAGING_KIND.to_wire(it.staging),
         was_paused=it.was_paused,
+        drive_clone=duration(it.drive_clone_us),
     )
 
 

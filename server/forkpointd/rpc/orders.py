@@ -7,6 +7,7 @@ an enum, 0 of a count that can't be 0, an empty string of an id.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -47,6 +48,7 @@ def create_order(
         labels=dict(request.labels),
         ttl_seconds=_ttl(request),
         on_expiry=scalars.EXPIRY_ACTION.or_default(request.on_expiry, model.ExpiryAction.DELETE),
+        allow_drive_copy=request.allow_drive_copy,
         request=request_key(request, request.request_id, "CreateSandbox"),
     )
 
@@ -94,7 +96,8 @@ def branch_order(request: sandbox_service_pb2.BranchSandboxRequest) -> model.Bra
         durability=scalars.DURABILITY.or_default(request.durability, model.Durability.DISK),
         max_pause_us=scalars.micros(request.max_pause) if request.HasField("max_pause") else None,
         labels=dict(request.labels),
-        fork=fork_spec(request.fork) if request.HasField("fork") else None,
+        fork=_fork_of_branch(request) if request.HasField("fork") else None,
+        allow_drive_copy=request.allow_drive_copy,
         request=request_key(request, request.request_id, "BranchSandbox"),
     )
 
@@ -108,6 +111,12 @@ def fork_order(request: sandbox_service_pb2.ForkSandboxesRequest) -> model.ForkO
     )
 
 
+def _fork_of_branch(request: sandbox_service_pb2.BranchSandboxRequest) -> model.ForkSpec:
+    """Children of a branch may have copies of drives where the branch may."""
+    spec = fork_spec(request.fork)
+    return replace(spec, allow_drive_copy=spec.allow_drive_copy or request.allow_drive_copy)
+
+
 def fork_spec(request: fork_pb2.ForkSpec) -> model.ForkSpec:
     """What children are wanted."""
     return model.ForkSpec(
@@ -117,6 +126,7 @@ def fork_spec(request: fork_pb2.ForkSpec) -> model.ForkSpec:
         ttl_seconds=_ttl(request),
         on_expiry=scalars.EXPIRY_ACTION.or_default(request.on_expiry, model.ExpiryAction.DELETE),
         on_failure=scalars.FAILURE_ACTION.or_default(request.on_failure, model.FailureAction.KEEP),
+        allow_drive_copy=request.allow_drive_copy,
     )
 
 

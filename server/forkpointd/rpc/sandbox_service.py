@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from forkpoint.v1 import sandbox_service_pb2 as pb
-from forkpointd.model import ForkpointError, Reason, Sandbox
+from forkpointd.model import Sandbox
 from forkpointd.rpc import convert, image_paths, orders, pages, scalars
 from forkpointd.rpc.branch_service import BranchCalls
 from forkpointd.rpc.call import Call
@@ -44,7 +44,6 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         named = image_paths.named_files(request.boot)
         files, unusable = await image_paths.resolve_all(named, self._image_roots)
         check(request, self._limits, *unusable)
-        _refuse_writable_drives(request.boot)
         made = await self._sandboxes.create(orders.create_order(request, files))
         return pb.CreateSandboxResponse(sandbox=convert.sandbox(made))
 
@@ -101,17 +100,6 @@ class SandboxService(BranchCalls, ForkCalls, ConsoleCalls):
         check(request, self._limits)
         resumed = await self._sandboxes.resume(request.sandbox_id)
         return pb.ResumeSandboxResponse(sandbox=convert.sandbox(resumed))
-
-
-def _refuse_writable_drives(boot: pb.BootSource) -> None:
-    writable = [drive.drive_id for drive in boot.drives if not drive.read_only]
-    if writable:
-        raise ForkpointError(
-            Reason.WRITABLE_DRIVE,
-            f"drive {', '.join(writable)} is writable, and all children of a snapshot would write "
-            "to the same file: set read_only, and keep what changes in the guest's memory",
-            metadata={"drives": ",".join(writable)},
-        )
 
 
 def _position(it: Sandbox) -> Position:

@@ -55,6 +55,7 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
         "labels": rules.labels,
         "ttl": rules.ttl,
         "on_expiry": anything,
+        "allow_drive_copy": anything,
     },
     "BootSource": {
         "kernel_image": Required(rules.path),
@@ -67,7 +68,7 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
     "Drive": {
         "drive_id": Required(rules.drive_identifier),
         "path": Required(rules.path),
-        "read_only": anything,  # a writable one has a reason of its own
+        "read_only": anything,
         "root_device": anything,
     },
     "GetSandboxRequest": _ONE_SANDBOX,
@@ -93,6 +94,7 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
         "max_pause": rules.max_pause,
         "labels": rules.labels,
         "fork": anything,
+        "allow_drive_copy": anything,
     },
     "ForkSpec": {
         "count": Required(rules.fork_count),
@@ -101,6 +103,7 @@ TABLE: Mapping[str, Mapping[str, Rule | Required]] = {
         "ttl": rules.ttl,
         "on_expiry": anything,
         "on_failure": anything,
+        "allow_drive_copy": anything,
     },
     "WatchBranchRequest": {**_ONE_BRANCH, "after_sequence": anything},
     "GetBranchRequest": _ONE_BRANCH,

@@ -97,6 +97,9 @@ class Forks:
         snapshots = self._sandboxes.snapshots
         with snapshots.hold(order.snapshot_id):
             snapshot = await snapshots.usable(order.snapshot_id)
+            self._sandboxes.starter.check_cloning(
+                snapshot.machine, allow_copy=order.spec.allow_drive_copy
+            )
             stored = await self._sandboxes.starter.check_loadable(order.snapshot_id)
             fork = new_fork(order.spec, order.snapshot_id, branch_id=None)
             fork = replace(fork, stage=ForkStage.STARTING)
@@ -231,7 +234,7 @@ class Forks:
             lives = ()
         starts = [
             self.tasks.start_unwatched(
-                self._start_child(index_of[live.sandbox_id], live, stored, outcomes),
+                self._start_child(fork.spec, index_of[live.sandbox_id], live, stored, outcomes),
                 f"start {live.sandbox_id}",
             )
             for live in lives
@@ -266,6 +269,7 @@ class Forks:
 
     async def _start_child(
         self,
+        spec: ForkSpec,
         index: int,
         live: LiveSandbox,
         stored: StoredSnapshot,
@@ -275,7 +279,9 @@ class Forks:
             async with self._starts, live.turn:
                 live.require_not_deleting()
                 # At once, not with the outcome: a delete that waits for the turn ends it.
-                vmm = live.vmm = await self._sandboxes.starter.load(live.row, stored)
+                vmm = live.vmm = await self._sandboxes.starter.load(
+                    live.row, stored, allow_drive_copy=spec.allow_drive_copy
+                )
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, this child has its outcome

@@ -45,7 +45,7 @@ from forkpointd.sandboxes.live import LiveSandbox, describe_exit, not_found, rem
 from forkpointd.sandboxes.memory import Counted, MemoryBudget
 from forkpointd.sandboxes.repeats import Repeats
 from forkpointd.sandboxes.snapshots import Snapshots
-from forkpointd.sandboxes.starting import Starter, check_drives, check_memory
+from forkpointd.sandboxes.starting import Starter, check_memory
 from forkpointd.sandboxes.tasks import Tasks
 from forkpointd.vmm import OomKills, Vmm, VmmFault, VmmGone, process_memory, read_last_words
 
@@ -155,7 +155,7 @@ class Sandboxes:
 
         async def make() -> Sandbox:
             row, stored = await self._admit(order)
-            return await self._create(row, stored)
+            return await self._create(row, stored, allow_drive_copy=order.allow_drive_copy)
 
         return await self._creates.run(order.request, make, self.get, "create")
 
@@ -163,7 +163,7 @@ class Sandboxes:
         """Checks an order and makes its row durable."""
         starter = self.starter
         if order.boot is not None:
-            check_drives(order.boot.machine.drives)
+            starter.check_cloning(order.boot.machine, allow_copy=order.allow_drive_copy)
             check_memory(order.boot.machine)
             await starter.check_kernel(order.boot.kernel_image)
             row = self.new_row(
@@ -175,6 +175,7 @@ class Sandboxes:
         assert order.snapshot_id is not None, "the edge checks that there is a source"
         with self.snapshots.hold(order.snapshot_id):
             snapshot = await self.snapshots.usable(order.snapshot_id)
+            starter.check_cloning(snapshot.machine, allow_copy=order.allow_drive_copy)
             stored = await starter.check_loadable(order.snapshot_id)
             row = self.new_row(
                 order.sandbox_id or new_id("sb"),
@@ -258,7 +259,9 @@ class Sandboxes:
         self._live[row.sandbox_id] = live
         return live
 
-    async def _create(self, row: Sandbox, stored: StoredSnapshot | None) -> Sandbox:
+    async def _create(
+        self, row: Sandbox, stored: StoredSnapshot | None, *, allow_drive_copy: bool
+    ) -> Sandbox:
         live = self.find(row.sandbox_id)
         if stored is not None:
             try:
@@ -270,10 +273,10 @@ class Sandboxes:
             live.require_not_deleting()  # meanwhile
             try:
                 if stored is not None:
-                    vmm = await self.starter.load(row, stored)
+                    vmm = await self.starter.load(row, stored, allow_drive_copy=allow_drive_copy)
                 else:
                     assert row.boot is not None
-                    vmm = await self.starter.boot(row, row.boot)
+                    vmm = await self.starter.boot(row, row.boot, allow_drive_copy=allow_drive_copy)
                 self.attach(live, vmm)
                 await live.edit(lambda row: self.started(row, vmm))
             except BaseException as error:

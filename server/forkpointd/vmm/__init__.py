@@ -24,6 +24,7 @@ from forkpointd.vmm.binary import (
     snapshot_version,
 )
 from forkpointd.vmm.cgroups import MemoryCgroup, memory_cgroup
+from forkpointd.vmm.guarded import DriveClone, DriveClones, GuardedWindow
 from forkpointd.vmm.identity import Orphan, end_orphans, find_orphans
 from forkpointd.vmm.latencies import WindowLatencies, trim_metrics
 from forkpointd.vmm.machine import Vmm, VmmInfo
@@ -40,8 +41,14 @@ from forkpointd.vmm.process import (
     process_memory,
     resident_bytes,
 )
-from forkpointd.vmm.requests import boot_requests, link_drives, load_requests
-from forkpointd.vmm.window import MAX_WINDOW_BYTES, Window, WindowOutcome
+from forkpointd.vmm.requests import boot_requests, drive_path, link_drives, load_requests
+from forkpointd.vmm.window import (
+    MAX_WINDOW_BYTES,
+    AnyWindow,
+    DriveOutcome,
+    Window,
+    WindowOutcome,
+)
 from forkpointd.vmm.words import read_last_words, trim_head, trim_log
 
 __all__ = [
@@ -50,10 +57,15 @@ __all__ = [
     "EMPTIED_NAMES",
     "MAX_WINDOW_BYTES",
     "SUPPORTED_VERSIONS",
+    "AnyWindow",
     "ApiConnection",
     "ApiReply",
     "ApiRequest",
     "Binary",
+    "DriveClone",
+    "DriveClones",
+    "DriveOutcome",
+    "GuardedWindow",
     "Launched",
     "MemoryCgroup",
     "OomKills",
@@ -70,6 +82,7 @@ __all__ = [
     "WindowOutcome",
     "boot_id",
     "boot_requests",
+    "drive_path",
     "end_orphans",
     "find_orphans",
     "has_mapped",

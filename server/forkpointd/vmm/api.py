@@ -250,6 +250,10 @@ class ApiConnection:
         except OSError:  # closed already, by either side
             return
 
+    def fileno(self) -> int:
+        """Its descriptor, for a process that is to have the connection in this one's place."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Closes the connection."""
         self._socket.close()

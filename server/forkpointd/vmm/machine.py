@@ -23,6 +23,7 @@ from forkpointd.model import ProcessRecord, SandboxExit
 from forkpointd.vmm import identity
 from forkpointd.vmm.api import ApiConnection, ApiRequest, VmmFault
 from forkpointd.vmm.binary import Binary
+from forkpointd.vmm.guarded import DriveClones, GuardedWindow
 from forkpointd.vmm.latencies import WindowLatencies, read_latencies
 from forkpointd.vmm.oom_order import open_score, write_score
 from forkpointd.vmm.process import (
@@ -38,6 +39,7 @@ from forkpointd.vmm.process import (
 from forkpointd.vmm.window import (
     PAUSE_REQUEST,
     RESUME_REQUEST,
+    AnyWindow,
     Window,
     WindowOutcome,
     run_in_thread,
@@ -183,17 +185,36 @@ class Vmm:
     # --- the pause window ---
 
     async def prepare_window(
-        self, *, full: bool, vmstate_name: str, memory_name: str, was_paused: bool
-    ) -> Window:
+        self,
+        *,
+        full: bool,
+        vmstate_name: str,
+        memory_name: str,
+        was_paused: bool,
+        clones: DriveClones | None = None,
+    ) -> AnyWindow:
         """Everything that can be done before: the connection is open, and the VMM has answered on
-        it. Names are relative to the sandbox's folder. The window is to be run or closed.
+        it. Names are relative to the sandbox's folder. With `clones` a guardian will run it
+        (`guarded.py`). The window is to be run or closed.
 
-        If this fails nothing was asked of the guest. Raises VmmFault, VmmGone, TimeoutError.
+        If this fails nothing was asked of the guest. Raises VmmFault, VmmGone, TimeoutError, with
+        `clones` also VmmError and OSError.
         """
         seconds = self._call_seconds
 
-        def work(connection: ApiConnection) -> Window:
+        def work(connection: ApiConnection) -> AnyWindow:
             answer = connection.pipeline(DESCRIBE_REQUEST.encode(), 1, timeout=seconds)[0]
+            if clones is not None:
+                return GuardedWindow(
+                    connection,
+                    self.folder,
+                    info_of(answer.value()).version,
+                    full=full,
+                    vmstate_name=vmstate_name,
+                    memory_name=memory_name,
+                    was_paused=was_paused,
+                    clones=clones,
+                )
             return Window(
                 connection,
                 info_of(answer.value()).version,
@@ -209,7 +230,7 @@ class Vmm:
 
     async def run_window(
         self,
-        window: Window,
+        window: AnyWindow,
         *,
         deadline_seconds: float | None = None,
         late: Callable[[WindowOutcome], None] | None = None,
@@ -347,7 +368,7 @@ def _drop(thread: asyncio.Future[Any]) -> None:
     """Takes what a thread brought after its caller had left."""
     if not thread.cancelled() and thread.exception() is None:
         result = thread.result()
-        if isinstance(result, Window):
+        if isinstance(result, Window | GuardedWindow):
             result.close()
 
 

@@ -16,7 +16,7 @@ from forkpointd.model import Boot, Drive
 from forkpointd.vmm.api import ApiRequest
 
 DRIVES_FOLDER = "drives"
-"""In a sandbox's folder: one symbolic link a drive, named by its id."""
+"""In a sandbox's folder: a drive by its id, a symbolic link or, writable, a file of its own."""
 
 
 def boot_requests(boot: Boot) -> tuple[ApiRequest, ...]:
@@ -58,7 +58,8 @@ def load_requests(vmstate_path: Path, memory_path: Path, *, resume: bool) -> tup
 
 
 def link_drives(folder: Path, drives: Iterable[Drive]) -> None:
-    """Makes the links under which the VMM in `folder` finds its drives. Blocks on the disk."""
+    """Makes the links under which the VMM in `folder` finds its read-only drives, and the folder
+    of all. A writable one is a file at `drive_path`, and the caller's. Blocks on the disk."""
     made = False
     for drive in drives:
         if os.sep in drive.drive_id or drive.drive_id in ("", ".", ".."):
@@ -66,7 +67,13 @@ def link_drives(folder: Path, drives: Iterable[Drive]) -> None:
         if not made:
             (folder / DRIVES_FOLDER).mkdir(mode=0o700)
             made = True
-        (folder / DRIVES_FOLDER / drive.drive_id).symlink_to(drive.path)
+        if drive.read_only:
+            drive_path(folder, drive.drive_id).symlink_to(drive.path)
+
+
+def drive_path(folder: Path, drive_id: str) -> Path:
+    """Where the VMM in `folder` finds a drive."""
+    return folder / DRIVES_FOLDER / drive_id
 
 
 def _drive_request(drive: Drive) -> ApiRequest:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 from forkpointd.model import now
 from forkpointd.vmm.api import ApiConnection, ApiReply, ApiRequest, GoneAfter, VmmError
@@ -49,6 +50,18 @@ def create_request(*, full: bool, vmstate_name: str, memory_name: str) -> ApiReq
 
 
 @dataclass(frozen=True, slots=True)
+class DriveOutcome:
+    """What became of the drives that a window was to clone."""
+
+    clone_us: int = 0
+    """How long the source stood still for it."""
+    copied: tuple[str, ...] = ()
+    """Those that were copied: there is no reflink."""
+    fault: str = ""
+    """Why they are not clones of this moment; empty where they are."""
+
+
+@dataclass(frozen=True, slots=True)
 class WindowOutcome:
     """What came of a window."""
 
@@ -65,6 +78,10 @@ class WindowOutcome:
     """The process ended before all answers came."""
     memory_write_failed: bool = False
     """The create failed, and Firecracker's dirty log is whole again all the same (step 6)."""
+    drives: DriveOutcome | None = None
+    """None of a window without drives."""
+    guardian_lost: bool = False
+    """The process that ran it ended, or hung, and the server resumed the source (`guarded.py`)."""
 
     @property
     def created(self) -> bool:
@@ -83,6 +100,18 @@ class WindowOutcome:
             if reply is not None and not reply.ok:
                 return reply.fault_message
         return ""
+
+
+class AnyWindow(Protocol):
+    """What is run once, or closed."""
+
+    was_paused: bool
+
+    def run(self) -> WindowOutcome:
+        """Opens the window and waits for its end, in a thread of its own."""
+
+    def close(self) -> None:
+        """Gives up a window that was not run. Idempotent."""
 
 
 class Window:
@@ -167,7 +196,7 @@ class Window:
 
 
 async def run_in_thread(
-    window: Window,
+    window: AnyWindow,
     name: str,
     deadline_seconds: float | None,
     late: Callable[[WindowOutcome], None],

@@ -48,7 +48,45 @@ def test_a_manifest_survives_its_file() -> None:
     assert Manifest.from_json(manifest().to_json()) == manifest()
     orphan = replace(manifest(), parent_snapshot_id=None, drives=(), boot={})
     assert Manifest.from_json(orphan.to_json().encode()) == orphan
-    assert content()["format"] == 2
+    assert content()["format"] == 3
+
+
+def with_drive(**changes: Any) -> dict[str, Any]:
+    """A manifest with one writable drive."""
+    changed = content()
+    changed["drives"][0].update({"read_only": False, **changes})
+    return changed
+
+
+def test_a_writable_drive_is_told_from_a_shared_one() -> None:
+    (drive,) = read(with_drive()).writable_drives
+    assert drive.drive_id == "root"
+    assert read(content()).writable_drives == ()
+
+
+def test_manifests_of_older_releases_are_read() -> None:
+    assert read({**content(), "format": 2}) == manifest()
+    first = {**content(), "format": 1}
+    del first["layer"]
+    assert read(first) == manifest()
+
+
+def test_an_older_manifest_has_no_writable_drive() -> None:
+    with pytest.raises(ImageError, match="format 2 has no writable drive"):
+        read({**with_drive(), "format": 2})
+
+
+@pytest.mark.parametrize("drive_id", ["../../etc/passwd", "a/b", "", ".", "Root", "a" * 33])
+def test_a_writable_drive_never_names_a_path(drive_id: str) -> None:
+    with pytest.raises(ImageError, match="can't name a writable drive"):
+        read(with_drive(drive_id=drive_id))
+
+
+def test_two_drives_of_one_name_are_refused() -> None:
+    changed = with_drive()
+    changed["drives"] *= 2
+    with pytest.raises(ImageError, match="twice"):
+        read(changed)
 
 
 @pytest.mark.parametrize("key", sorted(content()))
@@ -104,8 +142,8 @@ def test_what_is_not_known_is_refused_by_name() -> None:
     changed["drives"][0]["cache"] = "unsafe"
     with pytest.raises(ImageError, match=r"drives\.cache is not known"):
         read(changed)
-    with pytest.raises(ImageError, match="format 3 is not known"):
-        read({**content(), "format": 3})
+    with pytest.raises(ImageError, match="format 4 is not known"):
+        read({**content(), "format": 4})
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1'])

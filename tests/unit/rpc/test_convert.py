@@ -85,7 +85,7 @@ KEPT_INSIDE = {
     },
     model.Fork: {"spec"},  # its count and on_failure; the rest is seen at the children
     model.ForkChild: {"start_us"},
-    model.PauseWindow: {"total_us", "pause_us", "snapshot_us", "resume_us"},
+    model.PauseWindow: {"total_us", "pause_us", "snapshot_us", "resume_us", "drive_clone_us"},
     model.PrecopyProgress: set(),
     model.MergeProgress: set(),
     model.SandboxExit: {"time"},

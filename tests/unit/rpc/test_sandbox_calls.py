@@ -90,15 +90,16 @@ async def test_a_sandbox_from_a_snapshot(edge: Edge) -> None:
     assert edge.rooms.sandboxes.orders == [model.CreateOrder(snapshot_id="snap-2")]
 
 
-async def test_a_writable_drive_is_refused(edge: Edge) -> None:
+async def test_a_writable_drive_is_asked_for_with_leave_to_copy_it(edge: Edge) -> None:
     drive = sandbox_pb2.Drive(drive_id="data", path=str(edge.image_root / "rootfs.ext4"))
-    code, problem = await refused(edge.sandboxes.CreateSandbox(boot_request(edge, drives=[drive])))
-    assert (code, problem.reason) == (
-        grpc.StatusCode.FAILED_PRECONDITION,
-        Reason.WRITABLE_DRIVE,
-    )
-    assert problem.metadata == {"drives": "data"}
-    assert edge.rooms.sandboxes.orders == []
+    request = boot_request(edge, drives=[drive])
+    await edge.sandboxes.CreateSandbox(request)
+    request.allow_drive_copy = True
+    await edge.sandboxes.CreateSandbox(request)
+    one, other = edge.rooms.sandboxes.orders
+    assert one.boot is not None
+    assert [drive.drive_id for drive in one.boot.machine.writable_drives] == ["data"]
+    assert (one.allow_drive_copy, other.allow_drive_copy) == (False, True)
 
 
 @pytest.mark.parametrize(

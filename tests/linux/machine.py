@@ -27,6 +27,7 @@ QEMU = "qemu-system-x86_64"
 PROGRAMS = {
     QEMU: "qemu-system-x86",
     "mke2fs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "cpio": "cpio",
     "ldd": "libc-bin",
@@ -40,6 +41,7 @@ OUTER_MEMORY_MIB = 3072
 ROOT_MIB = 1024
 DATA_MIB = 8192
 BOOK_MIB = 8
+DISK_MIB = 48
 
 STORY_SECONDS = 1200
 """Six times what it takes on two cores."""
@@ -68,7 +70,7 @@ def path_of(program: str) -> str | None:
 def find_programs() -> dict[str, str]:
     """Where all PROGRAMS are. Raises debian.UnavailableError."""
     found = {program: path_of(program) for program in PROGRAMS}
-    missing = [PROGRAMS[program] for program, path in found.items() if path is None]
+    missing = list(dict.fromkeys(PROGRAMS[name] for name, path in found.items() if path is None))
     if missing:
         raise debian.UnavailableError(
             f"not installed: {', '.join(missing)} (as root: apt-get install {' '.join(missing)})"
@@ -100,7 +102,7 @@ class Machine:
         self.kernel_image = kernel.image
 
         root = self.folder / "root"
-        outer.build_root(root, busybox)
+        outer.build_root(root, busybox, Path(self.programs["e2fsck"]))
         shutil.copy2(firecracker, root / "lab/firecracker")
         images = root / "lab/images"
         images.mkdir()
@@ -108,6 +110,9 @@ class Machine:
         seed = {plan.SEED_PATH: plan.seed()}
         self._initrd(images / "inner.img", "inner", busybox, kernel, INNER_MODULES, seed)
         self._book(images / "book.ext4")
+        (root / "lab/writable-images").mkdir()
+        (self.folder / "empty").mkdir()
+        self._ext4(root / "lab/writable-images/disk.ext4", DISK_MIB, self.folder / "empty")
         self._initrd(self.folder / "early.img", "early", busybox, kernel, OUTER_MODULES, {})
 
         self._ext4(self.folder / "root.ext4", ROOT_MIB, root)

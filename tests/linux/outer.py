@@ -29,7 +29,7 @@ _NOT_NEEDED = shutil.ignore_patterns(
 )  # fmt: skip
 
 
-def build_root(root: Path, busybox: Path) -> None:
+def build_root(root: Path, busybox: Path, e2fsck: Path) -> None:
     """Fills `root` with all that the story needs but its images."""
     for folder in ("bin", "sbin", "proc", "sys", "dev", "tmp", "run", "data", "etc", "root"):
         (root / folder).mkdir(parents=True)
@@ -45,7 +45,8 @@ def build_root(root: Path, busybox: Path) -> None:
     (packages / "tests/linux").mkdir(parents=True)
     for name in ("plan.py", "story.py"):
         shutil.copy2(REPOSITORY / "tests/linux" / name, packages / "tests/linux")
-    _copy_libraries(root, [python, *root.rglob("*.so"), *root.rglob("*.so.*")])
+    shutil.copy2(e2fsck, root / "lab/e2fsck")
+    _copy_libraries(root, [python, root / "lab/e2fsck", *root.rglob("*.so"), *root.rglob("*.so.*")])
     _compile(root)
     shutil.copyfile(REPOSITORY / "tests/linux/init/outer", root / "lab/init")
     (root / "lab/init").chmod(0o755)

@@ -88,24 +88,70 @@ class Chapter:
     snapshot: str
     mode: str
     layout: str
-    writes: tuple[Write, ...]
+    synced: tuple[Write, ...]
+    """These come first, and are on the drive before the next."""
+    unsynced: tuple[Write, ...]
+    """Of these the drive may know nothing yet when the source is branched: its memory does."""
+
+    @property
+    def writes(self) -> tuple[Write, ...]:
+        """All that is written in it."""
+        return self.synced + self.unsynced
 
 
 BOOK = Whole("/book/book", 7)
 """On the read-only drive; the source reads it before the first branch, and nobody before its
 children look."""
 
+
 CHAPTERS = (
-    Chapter("over-zeros", "diff", "flat", (Whole("/mem/first", 11), Whole("/mem/second", 12))),
-    Chapter("diff", "diff", "flat", (Pages("/mem/first", 40, 30, 300), Whole("/mem/third", 13))),
-    Chapter("layer", "diff", "layered", (Whole("/mem/second", 14), Pages("/mem/first", 60, 9, 1))),
-    Chapter("flattened", "diff", "layered", (Whole("/mem/fourth", 15),)),
+    Chapter(
+        "over-zeros",
+        mode="diff",
+        layout="flat",
+        synced=(Whole("/disk/first", 21),),
+        unsynced=(Whole("/mem/first", 11), Whole("/mem/second", 12), Whole("/disk/second", 22)),
+    ),
+    Chapter(
+        "diff",
+        mode="diff",
+        layout="flat",
+        synced=(Pages("/disk/first", 40, 30, 301),),
+        unsynced=(
+            Pages("/mem/first", 40, 30, 300),
+            Whole("/mem/third", 13),
+            Pages("/disk/second", 10, 25, 77),
+        ),
+    ),
+    Chapter(
+        "layer",
+        mode="diff",
+        layout="layered",
+        synced=(),
+        unsynced=(
+            Whole("/mem/second", 14),
+            Pages("/mem/first", 60, 9, 1),
+            Whole("/disk/third", 23),
+        ),
+    ),
+    Chapter(
+        "flattened",
+        mode="diff",
+        layout="layered",
+        synced=(Whole("/disk/second", 24),),
+        unsynced=(Whole("/mem/fourth", 15),),
+    ),
 )
 FLATTENED = "flattened"
 """The snapshot that is made FLAT before anything starts from it; the one below stays a layer until
 it is forked."""
 
-AFTERWARDS: tuple[Write, ...] = (Pages("/mem/first", 0, 20, 100), Whole("/mem/third", 16))
+AFTERWARDS: tuple[Write, ...] = (
+    Pages("/mem/first", 0, 20, 100),
+    Whole("/mem/third", 16),
+    Pages("/disk/first", 0, 20, 202),
+    Whole("/disk/third", 25),
+)
 """What the source writes while it has children."""
 
 CHILDREN = (0, 1)
@@ -124,6 +170,8 @@ def child_writes(snapshot: str, number: int) -> tuple[Write, ...]:
         Pages("/mem/first", 45, 20, mark),
         Whole("/mem/second", mark),
         Whole("/mem/own", mark + 5),
+        Pages("/disk/first", 45, 20, mark + 200),
+        Whole("/disk/own", mark + 7),
     )
 
 

@@ -7,9 +7,11 @@ it judges nothing: that is for the tests, outside.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from tests.linux import plan
 LAB = Path("/lab")
 IMAGES = LAB / "images"
 DATA = Path("/data/forkpoint")
+WRITABLE_IMAGES = Path("/data/images")
+"""On the file system of the server's data: so a writable drive can be cloned from here."""
 SOCKET = Path("/run/forkpoint.sock")
 SERVER_LOG = Path("/data/server.log")
 MEMORY_MIB = 256
@@ -41,6 +45,21 @@ SLOW_HOST = {
     "FORKPOINT_WINDOW_DEADLINE_SECONDS": "120",
     "FORKPOINT_VMM_CALL_TIMEOUT_SECONDS": "60",
 }
+
+
+DRIVES = ("vda", "vdb")
+READ_SO_FAR = f"cat {' '.join(f'/sys/block/{drive}/stat' for drive in DRIVES)}"
+"""A line each; its third number counts sectors that were read (Documentation/block/stat.rst)."""
+
+LOOKING = (
+    "hexdump -n 16 -ve '/1 \"%02x\"' /dev/urandom; echo",
+    READ_SO_FAR,
+    "find /mem /book /disk -type f -exec sha256sum {} +",
+    READ_SO_FAR,
+    "cat /proc/sys/kernel/random/boot_id /ticker /ticks && cut -d' ' -f1 /proc/uptime",
+    "kill -0 $(cat /ticker) && echo yes",
+    "cat /torn",
+)
 
 
 class Teller:
@@ -80,33 +99,31 @@ class Guest:
 
     def write(self, *writes: plan.Write) -> None:
         """Does these, one after the other."""
-        self.run(" && ".join(write.shell() for write in writes))
+        for write in writes:
+            self.run(write.shell())
 
     def look(self) -> dict[str, object]:
-        """All files' hashes, how much was read from each drive for that, and who the guest is."""
-        random = self.run("head -c 16 /dev/urandom | hexdump -ve '/1 \"%02x\"'")
-        before = self.sectors_read()
-        hashes = self.run("find /mem /book -type f -exec sha256sum {} +").splitlines()
-        after = self.sectors_read()
-        boot_id, ticker, ticks, uptime = self.run(
-            "cat /proc/sys/kernel/random/boot_id /ticker /ticks && cut -d' ' -f1 /proc/uptime"
-        ).split()
+        """All files' hashes, how much was read from each drive for that, and who the guest is.
+
+        One command, since each costs some tenths of a second here.
+        """
+        said = self.run("; echo =; ".join(LOOKING)).split("=\n")
+        random, before, hashes, after, about, alive, torn = said
+        reads = [[int(line.split()[2]) for line in part.splitlines()] for part in (before, after)]
+        boot_id, ticker, ticks, uptime = about.split()
         return {
-            "files": {path: digest for digest, path in (line.split() for line in hashes)},
-            "sectors_read": {name: after[name] - before[name] for name in after},
+            "files": {path: digest for digest, path in map(str.split, hashes.splitlines())},
+            "sectors_read": {
+                drive: later - earlier for drive, earlier, later in zip(DRIVES, *reads, strict=True)
+            },
             "boot_id": boot_id,
             "ticker": int(ticker),
-            "ticker_lives": self.run(f"kill -0 {ticker} && echo yes || echo no").strip() == "yes",
-            "torn": self.run("cat /torn"),
+            "ticker_lives": alive.strip() == "yes",
+            "torn": torn,
             "ticks": int(ticks),
             "uptime": float(uptime),
-            "random": random,
+            "random": random.strip(),
         }
-
-    def sectors_read(self) -> dict[str, int]:
-        """Of 512 bytes, by drive, since the guest booted (Documentation/block/stat.rst)."""
-        lines = self.run("cd /sys/block && for d in vd*; do echo $d $(cat $d/stat); done")
-        return {line.split()[0]: int(line.split()[3]) for line in lines.splitlines()}
 
     def forget_caches(self) -> None:
         """All that is clean leaves the page cache; what was written goes to the disk first."""
@@ -118,7 +135,7 @@ def serving() -> Iterator[sync.Client]:
     """A forkpointd, and a client of it."""
     command = [sys.executable, "-m", "forkpointd", "serve"]
     command += ["--data-dir", str(DATA), "--listen", f"unix:{SOCKET}"]
-    command += ["--image-root", str(IMAGES)]
+    command += ["--image-root", str(IMAGES), "--image-root", str(WRITABLE_IMAGES)]
     with SERVER_LOG.open("wb") as log:
         server = subprocess.Popen(command, env=os.environ | SLOW_HOST, stdout=log, stderr=log)
     try:
@@ -138,21 +155,29 @@ def serving() -> Iterator[sync.Client]:
 
 def tell_story(teller: Teller, client: sync.Client) -> None:
     """From the boot of the source to the last look at it."""
+    template = WRITABLE_IMAGES / "disk.ext4"
+    before = sha256(template)
     sandbox = client.sandboxes.create(
         SOURCE,
         kernel=IMAGES / "vmlinux",
         initrd=IMAGES / "inner.img",
         memory_mib=MEMORY_MIB,
         boot_args="console=ttyS0 reboot=k panic=1 quiet",
-        drives=[Drive("book", str(IMAGES / "book.ext4"))],
+        drives=[
+            Drive("book", str(IMAGES / "book.ext4")),
+            Drive("disk", str(template), read_only=False),
+        ],
     )
     sandbox.console.expect(b"inner: ready\n", timeout=START_SECONDS)
     source = Guest(sandbox)
     teller.tell("booted", kernel=source.run("uname -r").strip())
     source.run("mount -t ext4 -o ro /dev/vda /book && cat /book/book >/dev/null")
+    source.run("mount -t ext4 /dev/vdb /disk")
 
     for chapter in plan.CHAPTERS:
-        source.write(*chapter.writes)
+        source.write(*chapter.synced)
+        source.run("sync")
+        source.write(*chapter.unsynced)
         look(teller, source, f"before {chapter.snapshot}")
         branch(teller, source, chapter)
         look(teller, source, f"after {chapter.snapshot}")
@@ -165,7 +190,9 @@ def tell_story(teller: Teller, client: sync.Client) -> None:
         look(teller, source, f"after the children of {chapter.snapshot}")
     source.forget_caches()
     look(teller, source, "at the end")
+    check_drive(teller, source)
     source.sandbox.delete()
+    teller.tell("template", sha256=sha256(template), before=before)
 
 
 def branch(teller: Teller, source: Guest, chapter: plan.Chapter) -> None:
@@ -205,6 +232,22 @@ def fork(teller: Teller, snapshot: sync.Snapshot) -> None:
             guest.forget_caches()
         for _, guest in pairs:
             look(teller, guest, "without caches")
+            check_drive(teller, guest)
+
+
+def check_drive(teller: Teller, guest: Guest) -> None:
+    """What e2fsck finds on a guest's own drive, which the guest has let go of."""
+    guest.run("umount /disk")
+    drive = DATA / "sandboxes" / guest.sandbox.id / "drives/disk"
+    command = [str(LAB / "e2fsck"), "-f", "-n", str(drive)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    teller.tell("e2fsck", who=guest.sandbox.id, code=done.returncode, said=done.stdout[-2000:])
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def look(teller: Teller, guest: Guest, when: str) -> None:
@@ -223,6 +266,7 @@ def check_data_folder(teller: Teller) -> None:
 def main(device: str) -> int:
     """Tells it all; what goes wrong as well."""
     teller = Teller(device)
+    shutil.copytree(LAB / "writable-images", WRITABLE_IMAGES)
     try:
         with serving() as client:
             teller.tell("serving", vmm=str(client.server.info().vmm))

@@ -45,6 +45,14 @@ def of_child(snapshot: str, number: int) -> dict[str, str]:
     return hashes(plan.applied(writes, contents(snapshot), plan.seed()))
 
 
+def disk_sectors(snapshot: str, number: int) -> int:
+    """What a child's files on its writable drive take there."""
+    writes = plan.child_writes(snapshot, number)
+    files = plan.applied(writes, contents(snapshot), plan.seed())
+    sizes = [len(content) for path, content in files.items() if path.startswith("/disk/")]
+    return sum(sizes) // 512
+
+
 def of_source_at_last() -> dict[str, str]:
     return hashes(plan.applied(plan.AFTERWARDS, contents(SNAPSHOTS[-1]), plan.seed()))
 
@@ -169,7 +177,7 @@ def test_a_child_wakes_up_with_the_files_of_its_snapshot(
 @pytest.mark.parametrize(("snapshot", "number"), FAMILY)
 def test_a_child_has_the_page_cache_of_its_source(told: Told, snapshot: str, number: int) -> None:
     found = look(told, plan.child_id(snapshot, number), "woken")
-    assert found["sectors_read"]["vda"] == 0
+    assert found["sectors_read"] == {"vda": 0, "vdb": 0}
 
 
 @pytest.mark.parametrize(("snapshot", "number"), FAMILY)
@@ -200,6 +208,30 @@ def test_a_child_s_drives_hold_the_same_as_its_caches(
     found = look(told, plan.child_id(snapshot, number), "without caches")
     assert found["files"] == of_child(snapshot, number)
     assert found["sectors_read"]["vda"] >= BOOK_SECTORS
+    assert found["sectors_read"]["vdb"] >= disk_sectors(snapshot, number)
+
+
+@pytest.mark.parametrize(("snapshot", "number"), FAMILY)
+def test_a_child_s_file_system_on_its_own_drive_is_whole(
+    told: Told, snapshot: str, number: int
+) -> None:
+    assert_whole(told, plan.child_id(snapshot, number))
+
+
+def test_the_source_s_file_system_on_its_own_drive_is_whole(told: Told) -> None:
+    assert_whole(told, "source")
+
+
+def assert_whole(told: Told, who: str) -> None:
+    found = {record["who"]: record for record in told.all("e2fsck")}
+    if who not in found:
+        pytest.fail(f"the drive of {who} was never looked at: {BROKEN}", pytrace=False)
+    assert found[who]["code"] == 0, found[who]["said"]
+
+
+def test_the_file_that_a_writable_drive_was_made_from_is_never_written_to(told: Told) -> None:
+    template = only(told, "template")
+    assert template["sha256"] == template["before"]
 
 
 def test_the_data_folder_is_in_order_at_the_end(told: Told) -> None:

@@ -24,6 +24,7 @@ from tests.faults.test_kill import (
     wait_for_death,
 )
 from tests.integration.drives import REGION_MIB, booted, drive_of, head, plain, write, xfs
+from tests.integration.refusals import nothing_half_made
 from tests.integration.serving import DIFF, Guest, House, stage_error
 from tests.integration.vmms import wait_for
 
@@ -133,7 +134,7 @@ async def test_the_server_is_killed_at(house: KilledHouse, step: str) -> None:
     else:
         assert branch.stage == branch_pb2.BRANCH_STAGE_FAILED, branch
         assert stage_error(branch) == "SERVER_RESTARTED"
-    assert house.half_made() == []
+    await nothing_half_made(house)
     await next_branch_is_right(house, source, "again")
 
 
@@ -154,7 +155,7 @@ async def test_the_server_is_killed_while_a_drive_is_copied(slow_house: KilledHo
     house.point = None
     await house.start()
     assert (await ended_branch(house, "br")).stage == branch_pb2.BRANCH_STAGE_FAILED
-    assert house.half_made() == []
+    await nothing_half_made(house)
     assert (await source.ask("t"))[0] == "T"
 
 

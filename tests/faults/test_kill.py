@@ -89,7 +89,8 @@ LAYER_STEPS = {
     "after-finalise": STEPS["after-finalise"],
     "after-ready": STEPS["after-ready"],
     "before-flatten": f"{STORE}.flatten:before",
-    "memory-replaced": f"{STORE}._replace:after",
+    # Checksums are put in their place likewise, at any time.
+    "memory-replaced": f"{STORE}.flatten:before>{STORE}._replace:after",
     "after-flatten": f"{STORE}.flatten:after",
     "row-is-flat": "forkpointd.registry:Registry.snapshot_is_flat:after",
 }
